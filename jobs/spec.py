@@ -1,0 +1,198 @@
+"""The job file: what a user writes, frozen, with every unknown key refused.
+
+Checks here look at one field or at fields beside each other. What needs the model, the texts or
+the machine to be looked at is checked in orchestrator/checks.py, before any work starts.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from jobs.match import compile_pattern
+from quantcore.schemes import SCHEME_KINDS, Scheme
+
+Method = Literal["rtn", "gptq"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Span = Annotated[int, Field(gt=0)] | Literal["channel"]
+
+
+def _known_scheme(name: str) -> str:
+    if name not in SCHEME_KINDS:
+        raise ValueError(f"unknown scheme '{name}': write one of {', '.join(SCHEME_KINDS)}")
+    return name
+
+
+def _pattern(text: str) -> str:
+    compile_pattern(text)
+    return text
+
+
+def _store(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in {"", "file", "s3"}:
+        raise ValueError(f"cannot store to '{parts.scheme}://': write a folder or s3://bucket/path")
+    if parts.scheme == "s3" and (parts.username or parts.password):
+        raise ValueError(
+            "keep credentials out of the job file: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if parts.scheme == "s3" and not parts.netloc:
+        raise ValueError("name the bucket: s3://bucket/path")
+    return text
+
+
+SchemeName = Annotated[str, AfterValidator(_known_scheme)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+StoreUrl = Annotated[str, Field(min_length=1), AfterValidator(_store)]
+FilePath = Annotated[Path, Field(description="relative to the job file")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSpec(_Section):
+    path: FilePath  # a Hugging Face folder, or one .gguf file
+    dtype: Dtype = "float32"  # what a GGUF file is dequantized to; folders keep their own
+
+
+class GptqSpec(_Section):
+    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    act_order: bool = True
+    block_columns: Annotated[int, Field(gt=0)] = 128
+
+
+class Override(_Section):
+    """Another scheme or method for the linears whose names match, or none at all."""
+
+    match: Pattern  # a glob over module names, or re: and a regular expression
+    skip: bool = False
+    scheme: SchemeName | None = None
+    group_size: Span | None = None
+    symmetric: bool | None = None
+    method: Method | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        changes = (self.scheme, self.group_size, self.symmetric, self.method)
+        if self.skip and any(change is not None for change in changes):
+            raise ValueError("skip: true leaves the layer as it is: drop skip or the other keys")
+        if not self.skip and all(change is None for change in changes):
+            raise ValueError("changes nothing: write skip: true, a scheme, a group_size, ...")
+        return self
+
+
+class QuantizationSpec(_Section):
+    scheme: SchemeName
+    group_size: Span | None = None  # None: the scheme's usual one
+    symmetric: bool = True
+    method: Method = "gptq"
+    range: Literal["search", "minmax"] = "search"  # how GPTQ's scales are set
+    gptq: GptqSpec = GptqSpec()
+    overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="after")
+    def _legal(self) -> Self:
+        resolve_scheme(self.scheme, self.group_size, self.symmetric)
+        for override in self.overrides:
+            if not override.skip:
+                self.with_override(override)
+        return self
+
+    def scheme_of(self) -> Scheme:
+        return resolve_scheme(self.scheme, self.group_size, self.symmetric)
+
+    def with_override(self, override: Override) -> Scheme:
+        """The scheme under an override: a new scheme starts from its own usual group size."""
+        if override.scheme is not None and override.scheme != self.scheme:
+            kind = SCHEME_KINDS[override.scheme]
+            symmetric = override.symmetric
+            if symmetric is None:
+                symmetric = self.symmetric or not kind.asymmetric
+            return resolve_scheme(override.scheme, override.group_size, symmetric)
+        symmetric = self.symmetric if override.symmetric is None else override.symmetric
+        return resolve_scheme(self.scheme, override.group_size or self.group_size, symmetric)
+
+
+def resolve_scheme(name: str, group_size: int | str | None, symmetric: bool) -> Scheme:
+    """Fill in the scheme's usual group size; raise ValueError where its kind has no such form."""
+    kind = SCHEME_KINDS[name]
+    size = kind.default_group_size if group_size is None else group_size
+    span = size if isinstance(size, int) else None
+    if span is not None and not kind.groups:
+        raise ValueError(f"{name} has one scale per output channel: write group_size: channel")
+    if not symmetric and not kind.asymmetric:
+        raise ValueError(f"{name} is symmetric: write symmetric: true")
+    return Scheme(name=name, group_size=span, symmetric=symmetric)
+
+
+class CalibrationSpec(_Section):
+    """Windows of token ids: cut from a text, or as rows of a jsonl file."""
+
+    text: FilePath | None = None
+    jsonl: FilePath | None = None
+    field: str = "text"  # of each jsonl row: a text, or a list of token ids used as it is
+    sequences: Annotated[int, Field(gt=0)] = 128
+    length: Annotated[int, Field(gt=1)] = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_characters: Annotated[int, Field(gt=0)] = 4_000_000  # of the text that is read at all
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.text is None) == (self.jsonl is None):
+            raise ValueError("name one source of texts: write either text or jsonl")
+        return self
+
+
+class WorkersSpec(_Section):
+    count: Annotated[int, Field(gt=0)] | None = None  # None: what this machine carries
+    kind: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
+    cpus: Annotated[float, Field(gt=0)] | None = None  # per worker; None: as many as threads
+    threads: Annotated[int, Field(gt=0)] = 1  # per worker; part of the contract of bits
+    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(KiB|MiB|GiB|TiB)$")] | None = None
+
+    def memory_bytes(self) -> int | None:
+        if self.memory is None:
+            return None
+        unit = self.memory[-3:]
+        return int(float(self.memory[:-3]) * 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) * 1024)
+
+
+class OutputSpec(_Section):
+    store: StoreUrl  # a folder (relative to the job file) or s3://bucket/path
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+
+
+class EvaluationSpec(_Section):
+    text: FilePath | None = None  # word and byte perplexity on a local text
+    max_characters: Annotated[int, Field(gt=0)] = 40_000
+    tasks: tuple[str, ...] = ()  # lm-eval tasks by name
+    task_folder: FilePath | None = None  # more lm-eval task files
+    limit: Annotated[int, Field(gt=0)] | None = None  # documents per task
+    length: Annotated[int, Field(gt=1)] = 1024  # tokens of context
+    baselines: tuple[Literal["original", "rtn"], ...] = ("original",)
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        if self.text is None and not self.tasks:
+            raise ValueError("measures nothing: name a text, or lm-eval tasks")
+        return self
+
+
+class JobSpec(_Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    model: ModelSpec
+    quantization: QuantizationSpec
+    compute_dtype: Dtype = "float32"
+    calibration: CalibrationSpec | None = None
+    workers: WorkersSpec = WorkersSpec()
+    output: OutputSpec
+    evaluation: EvaluationSpec | None = None
+
+    @model_validator(mode="after")
+    def _calibrated_when_needed(self) -> Self:
+        methods = {self.quantization.method} | {o.method for o in self.quantization.overrides}
+        if "gptq" in methods and self.calibration is None:
+            raise ValueError("method gptq needs texts: add a calibration section, or write rtn")
+        return self

@@ -1,0 +1,5 @@
+"""X^T X of a batch of layer inputs."""
+
+from quantkernels.gram.reference import gram
+
+__all__ = ["gram"]

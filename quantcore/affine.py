@@ -1,0 +1,108 @@
+"""Affine integer quantization: w is stored as a code q and read back as (q - z) * s.
+
+Codes are signed, from -2**(bits-1) to 2**(bits-1)-1, with or without a zero point, as the
+compressed-tensors format has them. A symmetric grid spreads max|w| over 2**bits - 1 steps, so
+that it uses its one extra negative code (the convention of compressed-tensors and llm-compressor).
+
+Shape suffixes: O = out_features, I = in_features, G = groups per row.
+Float32 maths on w's own device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcore.schemes import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Qparams:
+    """Scale and zero point of every group of a weight."""
+
+    scale_OG: Tensor  # float32, holding values that the stored dtype represents exactly
+    zero_OG: Tensor  # int8; all zero when the scheme is symmetric
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def choose_qparams(
+    w_OI: Tensor, scheme: Scheme, *, stored: torch.dtype, shrink: Tensor | None = None
+) -> Qparams:
+    """Scale and zero point from each group's extremes, the scale rounded to the `stored` dtype.
+
+    `shrink` (O, G), float32 in (0, 1], scales the extremes first: a clipped range rounds the
+    other weights finer. The scale is rounded before any weight is, so that a solve and a replay
+    from the artifact see the same grid.
+    """
+    groups_OGI = _grouped(w_OI.float(), scheme)
+    low_OG = groups_OGI.amin(-1).clamp(max=0)
+    high_OG = groups_OGI.amax(-1).clamp(min=0)
+    if shrink is not None:
+        low_OG, high_OG = low_OG * shrink, high_OG * shrink
+    qmin, qmax = code_range(scheme.bits)
+    span_OG = 2 * torch.maximum(-low_OG, high_OG) if scheme.symmetric else high_OG - low_OG
+    scale_OG = _storable(span_OG / (qmax - qmin), stored)
+    if scheme.symmetric:
+        zero_OG = torch.zeros_like(scale_OG, dtype=torch.int8)
+    else:
+        zero_OG = (qmin - low_OG / scale_OG).round().clamp(qmin, qmax).to(torch.int8)
+    return Qparams(scale_OG, zero_OG)
+
+
+def search_qparams(
+    w_OI: Tensor, importance_I: Tensor, scheme: Scheme, *, stored: torch.dtype
+) -> Qparams:
+    """The shrunk range that makes sum(importance * (w - q)**2) least, group by group.
+
+    `importance_I` is the mean square of each input: the diagonal of the Hessian, so the search
+    minimizes the part of the output error that one group causes on its own. Shrink factors run
+    from 1.00 down to 0.60 in steps of 0.02.
+    """
+    w_OI = w_OI.float()
+    weight_1GI = _grouped(importance_I.float()[None], scheme)
+    best = choose_qparams(w_OI, scheme, stored=stored)
+    least_OG = _weighted_error(w_OI, best, scheme, weight_1GI)
+    scale_OG, zero_OG = best.scale_OG.clone(), best.zero_OG.clone()
+    for step in range(1, 21):
+        shrink_OG = torch.full_like(scale_OG, 1.0 - 0.02 * step)
+        tried = choose_qparams(w_OI, scheme, stored=stored, shrink=shrink_OG)
+        error_OG = _weighted_error(w_OI, tried, scheme, weight_1GI)
+        better_OG = error_OG < least_OG
+        least_OG = torch.where(better_OG, error_OG, least_OG)
+        scale_OG = torch.where(better_OG, tried.scale_OG, scale_OG)
+        zero_OG = torch.where(better_OG, tried.zero_OG, zero_OG)
+    return Qparams(scale_OG, zero_OG)
+
+
+def quantize(w_OI: Tensor, qparams: Qparams, scheme: Scheme) -> Tensor:
+    """The nearest code of every weight, int8 (O, I)."""
+    qmin, qmax = code_range(scheme.bits)
+    groups_OGI = _grouped(w_OI.float(), scheme)
+    codes_OGI = (groups_OGI / qparams.scale_OG[..., None]).round() + qparams.zero_OG[..., None]
+    return codes_OGI.clamp(qmin, qmax).to(torch.int8).reshape(w_OI.shape)
+
+
+def dequantize(codes_OI: Tensor, qparams: Qparams, scheme: Scheme) -> Tensor:
+    """The weights that codes stand for, float32 (O, I)."""
+    codes_OGI = _grouped(codes_OI, scheme).float()
+    values_OGI = (codes_OGI - qparams.zero_OG[..., None].float()) * qparams.scale_OG[..., None]
+    return values_OGI.reshape(codes_OI.shape)
+
+
+def _grouped(w_OI: Tensor, scheme: Scheme) -> Tensor:
+    rows, width = w_OI.shape
+    return w_OI.reshape(rows, scheme.groups_of(width), -1)
+
+
+def _storable(scale_OG: Tensor, stored: torch.dtype) -> Tensor:
+    """Round to the stored dtype; a group of zeros, or one that rounds to nothing, gets 1."""
+    rounded_OG = scale_OG.to(stored).float()
+    return torch.where(rounded_OG > 0, rounded_OG, torch.ones_like(rounded_OG))
+
+
+def _weighted_error(w_OI: Tensor, qparams: Qparams, scheme: Scheme, weight_1GI: Tensor) -> Tensor:
+    rounded_OI = dequantize(quantize(w_OI, qparams, scheme), qparams, scheme)
+    return (_grouped(w_OI - rounded_OI, scheme).square() * weight_1GI).sum(-1)

@@ -1,0 +1,129 @@
+"""GPTQ: pick a layer's codes so that its outputs, not its weights, move least.
+
+With H = the mean over calibration tokens of x x^T, GPTQ lowers
+
+    trace((W - Q) H (W - Q)^T)
+
+by rounding one input column at a time while the columns still unrounded absorb the error
+(Frantar et al. 2022, https://arxiv.org/abs/2210.17323, section 3). Scales are fixed before the
+solve, from the weights in their stored order; columns are then rounded in order of falling
+activity ("static act-order"), so the artifact needs no index of groups.
+
+Shape suffixes: O = rows of the weight, I = in_features, G = groups per row.
+Float32 maths on W's own device. No files, no logging, no Ray.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcore.affine import Qparams, code_range, dequantize
+from quantcore.errors import SolveError
+from quantcore.schemes import Scheme
+from quantkernels.sweep import AffineColumns, sweep
+
+DAMPING_STEPS = 4  # tries, each with ten times the damping of the one before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqConfig:
+    damping: float = 0.01  # added to H's diagonal, as a fraction of that diagonal's mean
+    act_order: bool = True  # round the most active inputs while most columns can still help
+    block_columns: int = 128  # columns per blocked update: same method, other last bits
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One Hessian made ready for any number of solves."""
+
+    order_I: Tensor  # int64: the input that is rounded first, second, ...
+    upper_II: Tensor  # float32, U^T U = inverse of the damped H in that order
+    damping: float  # what was needed, at least what was asked for
+    silent_inputs: int  # inputs that no calibration token ever made non-zero
+
+
+def factorize(h_II: Tensor, config: GptqConfig) -> Factor:
+    """Order, damp and factor H (float32, (I, I), symmetric).
+
+    An input that never fired has a zero row in H: damping alone makes its pivot positive, and its
+    zero cross terms keep its rounding error from moving any other column. Damping grows tenfold
+    until the factorization holds; what it took is in the result, for the report. Raises
+    SolveError when it never does: rounding plainly instead is the caller's decision.
+    """
+    diagonal_I = h_II.diagonal()
+    mean = diagonal_I.double().mean().item()
+    if not h_II.isfinite().all() or mean <= 0:
+        raise SolveError(f"the Hessian is not usable: its mean diagonal is {mean:.3g}")
+    order_I = torch.arange(len(h_II), device=h_II.device)
+    if config.act_order:
+        order_I = diagonal_I.argsort(descending=True, stable=True)
+    damping = config.damping
+    for _ in range(DAMPING_STEPS):
+        upper_II = _inverse_factor(h_II[order_I][:, order_I], damping * mean)
+        if upper_II is not None:
+            silent = int((diagonal_I == 0).sum().item())
+            return Factor(order_I, upper_II, damping, silent)
+        damping *= 10
+    raise SolveError(
+        f"the Hessian is not positive definite even with damping {damping / 10:g} "
+        f"of its mean diagonal ({mean:.3g})"
+    )
+
+
+def solve(
+    w_OI: Tensor, qparams: Qparams, scheme: Scheme, factor: Factor, block_columns: int
+) -> Tensor:
+    """The codes (int8, (O, I)) that GPTQ chooses for W on the grid of `qparams`.
+
+    Rows do not depend on each other. Which rows share a call is part of the contract of bits all
+    the same: a matrix product may round differently for another number of rows.
+    """
+    qmin, qmax = code_range(scheme.bits)
+    width = w_OI.shape[1]
+    group_of_I = torch.arange(width, device=w_OI.device) // (scheme.group_size or width)
+    columns = AffineColumns(
+        scale_GO=qparams.scale_OG.t().contiguous(),
+        zero_GO=qparams.zero_OG.t().contiguous().float(),
+        group_of_I=group_of_I[factor.order_I],
+        qmin=qmin,
+        qmax=qmax,
+    )
+    w_IO = w_OI.float().t()[factor.order_I].contiguous()
+    codes_IO = sweep(w_IO, factor.upper_II, columns, block_columns)
+    codes_OI = torch.empty(w_OI.shape, dtype=torch.int8, device=w_OI.device)
+    codes_OI[:, factor.order_I] = codes_IO.t()
+    return codes_OI
+
+
+def output_error(
+    w_OI: Tensor, codes_OI: Tensor, qparams: Qparams, scheme: Scheme, h_II: Tensor
+) -> tuple[float, float]:
+    """Sums over the rows of (W-Q) H (W-Q)^T and of W H W^T: squared output error and output.
+
+    Divided by each other and rooted they are the relative output error over the calibration
+    tokens; as sums they add over row tiles.
+    """
+    w_OI = w_OI.float()
+    delta_OI = w_OI - dequantize(codes_OI, qparams, scheme)
+    moved = ((delta_OI @ h_II) * delta_OI).sum(dtype=torch.float64)
+    total = ((w_OI @ h_II) * w_OI).sum(dtype=torch.float64)
+    return moved.item(), total.item()
+
+
+def _inverse_factor(h_II: Tensor, damp: float) -> Tensor | None:
+    """Upper-triangular U with U^T U = inverse(H + damp * identity); None if there is none.
+
+    With J the reversal of rows and columns and J H J = L L^T, H = (J L J)(J L J)^T, where J L J
+    is upper triangular; so U = inverse(J L J): one factorization and one triangular inverse,
+    and H itself is never inverted.
+    """
+    damped_II = h_II.clone()
+    damped_II.diagonal().add_(damp)
+    lower_II, failed_at = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    if failed_at.item():
+        return None
+    eye_II = torch.eye(len(h_II), device=h_II.device, dtype=h_II.dtype)
+    inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
+    upper_II = inverse_II.flip(0, 1).contiguous()
+    return upper_II if upper_II.isfinite().all() else None

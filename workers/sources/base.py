@@ -1,0 +1,44 @@
+"""What the rest of the house needs of a model, whatever it is stored as."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class ModelSource(Protocol):
+    """A pretrained model that can be read a tensor at a time."""
+
+    path: Path
+    config: Any  # transformers.PretrainedConfig
+    tensors: Mapping[str, TensorInfo]  # by checkpoint name
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, each in its stored dtype, on the CPU. Raises SourceError."""
+        ...
+
+    def config_json(self) -> dict[str, Any]:
+        """The config as it will stand in the artifact."""
+        ...
+
+    def write_companions(self, folder: Path) -> list[str]:
+        """Put every file that is neither weights, config nor code into `folder`; their names."""
+        ...
+
+    def tokenizer(self) -> Any: ...
