@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcore.affine import Qparams, code_range, dequantize
+from quantcore.affine import Qparams, code_range
 from quantcore.errors import SolveError
 from quantcore.schemes import Scheme
 from quantkernels.sweep import AffineColumns, sweep
@@ -94,21 +94,6 @@ def solve(
     codes_OI = torch.empty(w_OI.shape, dtype=torch.int8, device=w_OI.device)
     codes_OI[:, factor.order_I] = codes_IO.t()
     return codes_OI
-
-
-def output_error(
-    w_OI: Tensor, codes_OI: Tensor, qparams: Qparams, scheme: Scheme, h_II: Tensor
-) -> tuple[float, float]:
-    """Sums over the rows of (W-Q) H (W-Q)^T and of W H W^T: squared output error and output.
-
-    Divided by each other and rooted they are the relative output error over the calibration
-    tokens; as sums they add over row tiles.
-    """
-    w_OI = w_OI.float()
-    delta_OI = w_OI - dequantize(codes_OI, qparams, scheme)
-    moved = ((delta_OI @ h_II) * delta_OI).sum(dtype=torch.float64)
-    total = ((w_OI @ h_II) * w_OI).sum(dtype=torch.float64)
-    return moved.item(), total.item()
 
 
 def _inverse_factor(h_II: Tensor, damp: float) -> Tensor | None:

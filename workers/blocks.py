@@ -9,6 +9,7 @@ keyword arguments, and one more with the last recorder returning given hidden st
 Shape suffixes: B = sequences, L = tokens each, H = hidden width.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -85,8 +86,8 @@ class BlockModel:
         self.source = source
         self.dtype = dtype
         self.device = torch.device(device)
-        self._model = empty_model(source.config, dtype)
-        self._path, self._empty_blocks = find_blocks(self._model)
+        self.skeleton = empty_model(source.config, dtype)
+        self._path, self._empty_blocks = find_blocks(self.skeleton)
         self._outside_loaded = False
         self._shared_calls: dict[tuple[int, ...], list[Call]] = {}
 
@@ -124,49 +125,56 @@ class BlockModel:
 
     def embed(self, ids_BL: Tensor) -> Inputs:
         """The first block's input and every block's call, from the model's own forward."""
-        notes = _Notes(last=len(self) - 1)
-        try:
-            self._run(ids_BL, notes)
-        except _AllRecordedError:
-            pass
-        assert notes.hidden_BLH is not None
-        assert len(notes.calls) == len(self)
-        calls = self._shared_calls.setdefault(tuple(ids_BL.shape), notes.calls)
-        return Inputs(notes.hidden_BLH, calls)
+        self._load_outside()
+        noted = self._record(ids_BL)
+        noted.calls = self._shared_calls.setdefault(tuple(ids_BL.shape), noted.calls)
+        return noted
+
+    def probe(self, ids_BL: Tensor, weights: dict[str, Tensor]) -> Inputs:
+        """`embed` with weights that are given instead of read; the model is of no use after."""
+        self.skeleton.load_state_dict(weights, strict=False, assign=True)
+        return self._record(ids_BL)
 
     def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
         """What the model makes of the last block's output (norm, head, soft-capping, ...)."""
-        notes = _Notes(last=len(self) - 1, result_BLH=hidden_BLH)
-        return self._run(ids_BL, notes)
+        self._load_outside()
+        return self._run(ids_BL, _Notes(last=len(self) - 1, result_BLH=hidden_BLH))
 
     def release_outside(self) -> None:
         """Free the weights outside the blocks; they are read again when next needed."""
         if self._outside_loaded:
-            self._model = empty_model(self.source.config, self.dtype)
+            self.skeleton = empty_model(self.source.config, self.dtype)
             self._outside_loaded = False
+
+    def _record(self, ids_BL: Tensor) -> Inputs:
+        notes = _Notes(last=len(self) - 1)
+        with contextlib.suppress(_AllRecordedError):
+            self._run(ids_BL, notes)
+        assert notes.hidden_BLH is not None
+        assert len(notes.calls) == len(self)
+        return Inputs(notes.hidden_BLH, notes.calls)
 
     @torch.no_grad()
     def _run(self, ids_BL: Tensor, notes: _Notes) -> Tensor:
-        self._load_outside()
         recorders = [_Recorder(b, i, notes) for i, b in enumerate(self._empty_blocks)]
         parent, name = self._path.rpartition(".")[::2]
-        owner = self._model.get_submodule(parent)
+        owner = self.skeleton.get_submodule(parent)
         setattr(owner, name, nn.ModuleList(recorders))
-        output = self._model(input_ids=ids_BL.to(self.device), use_cache=False)
+        output = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False)
         logits: Tensor = output.logits
         return logits
 
     def _load_outside(self) -> None:
         if self._outside_loaded:
             return
-        owner = self._model.get_submodule(self._path.rpartition(".")[0])
+        owner = self.skeleton.get_submodule(self._path.rpartition(".")[0])
         setattr(owner, self._path.rpartition(".")[2], nn.ModuleList())
-        self._load(self._model, dict(self.source.read(self.outside_tensors())))
-        self._model.tie_weights()
-        still_empty = [n for n, p in self._model.named_parameters() if p.is_meta]
+        self._load(self.skeleton, dict(self.source.read(self.outside_tensors())))
+        self.skeleton.tie_weights()
+        still_empty = [n for n, p in self.skeleton.named_parameters() if p.is_meta]
         if still_empty:
             raise SourceError(f"the checkpoint lacks '{still_empty[0]}', which the model needs")
-        self._model.to(self.device)
+        self.skeleton.to(self.device)
         self._outside_loaded = True
 
     def _load(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:

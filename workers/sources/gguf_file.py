@@ -37,12 +37,14 @@ class GgufFile:
         self._dtype = dtype
         try:
             self._reader = GGUFReader(path)
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             facts = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+            self.config = AutoConfig.for_model(**facts)
             architecture = read_field(self._reader, "general.architecture")[0]
             processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
             self._processor = processor(config=facts)
-            names = get_gguf_hf_weights_map(empty_model(self.config), self._processor)
+            skeleton = empty_model(self.config)
+            self._class_name = type(skeleton).__name__
+            names = get_gguf_hf_weights_map(_Names(skeleton), self._processor)
         except SourceError:
             raise
         except Exception as error:
@@ -67,7 +69,7 @@ class GgufFile:
 
     def config_json(self) -> dict[str, Any]:
         config: dict[str, Any] = self.config.to_dict()
-        config["architectures"] = [type(empty_model(self.config)).__name__]
+        config["architectures"] = [self._class_name]
         config["dtype"] = str(self._dtype).removeprefix("torch.")
         config.pop("_name_or_path", None)
         return config
@@ -89,3 +91,14 @@ class GgufFile:
                 return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:
             raise SourceError(f"{self.path} has no tokenizer that loads: {error}") from None
+
+
+class _Names:
+    """A model as transformers' name map wants it, without the descent into every submodule."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config
+        self.state_dict = model.state_dict
+
+    def named_children(self) -> list[Any]:
+        return []

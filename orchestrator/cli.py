@@ -1,0 +1,357 @@
+"""The command line: quantfleet run, check, status, list, resume, fetch, eval.
+
+Exit codes: 0 done; 2 bad job file or usage; 3 source or store; 4 resources; 5 quantization;
+130 interrupted. Results go to standard output, all else to standard error.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from quantcore.errors import JobFaults, QuantfleetError, SpecError
+
+app = typer.Typer(
+    name="quantfleet",
+    help="Quantize language models on a fleet: a job file in, an artifact that vLLM loads out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB.YAML")]
+JobUrl = Annotated[str, typer.Argument(help="A job in its store: STORE/NAME.", metavar="JOB")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+LogFile = Annotated[Path | None, typer.Option(help="Where events are logged (JSON lines).")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Events to standard error as JSON too.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray, in one process.")]
+
+_err = Console(stderr=True)
+_out = Console()
+
+INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    job: JobFile,
+    in_process: InProcess = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+    log_json: LogJson = False,
+) -> None:
+    """Quantize a model as a job file says, here and now. Run again, it goes on."""
+    with _reported():
+        from orchestrator.checks import check, describe
+        from workers.store import open_store
+
+        with _working("checking the job", as_json):
+            prepared = check(job, touch_store=not dry_run)
+        if dry_run:
+            _print_plan(describe(prepared), as_json)
+            return
+        with _waiting_note(open_store(prepared.plan.store)):
+            _run(prepared, in_process, as_json, log_file, log_json)
+
+
+@app.command()
+def resume(
+    job: JobUrl,
+    in_process: InProcess = False,
+    as_json: AsJson = False,
+    log_file: LogFile = None,
+    log_json: LogJson = False,
+) -> None:
+    """Take up a job from its store alone: the job file that began it is kept there."""
+    with _reported():
+        from orchestrator.checks import prepare
+        from orchestrator.identity import stored_job
+        from orchestrator.stored import stored_spec
+        from workers.store import open_store
+
+        store = open_store(job)
+        began = stored_job(store)
+        if began is None:
+            raise SpecError(f"{store.url} holds no job that was begun: see quantfleet list")
+        spec, document = stored_spec(began, store.url)
+        with _working("checking the job", as_json):
+            prepared = prepare(spec, document, [])
+        with _waiting_note(store):
+            _run(prepared, in_process, as_json, log_file, log_json)
+
+
+@app.command()
+def check(job: JobFile, as_json: AsJson = False) -> None:
+    """Report every fault of a job file at once, with its place and what to write instead."""
+    with _reported(as_json):
+        from orchestrator.checks import check as check_job
+        from orchestrator.checks import describe
+
+        with _working("checking the job", as_json):
+            prepared = check_job(job)
+        _print_plan(describe(prepared), as_json)
+
+
+@app.command()
+def status(job: JobUrl, as_json: AsJson = False) -> None:
+    """Say how far a job has come."""
+    with _reported():
+        from orchestrator.stored import job_status
+        from workers.store import open_store
+
+        facts = job_status(open_store(job))
+        if as_json:
+            _print_json(facts)
+        else:
+            _out.print(_status_line(facts), highlight=False)
+
+
+@app.command(name="list")
+def list_jobs(
+    store: Annotated[str, typer.Argument(help="A folder or s3://bucket/path.", metavar="STORE")],
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs in a store."""
+    with _reported():
+        from orchestrator.stored import jobs_in
+        from workers.store import open_store
+
+        jobs = jobs_in(open_store(store))
+        if as_json:
+            _print_json(jobs)
+        for facts in jobs if not as_json else []:
+            _out.print(_status_line(facts), highlight=False)
+
+
+@app.command()
+def fetch(
+    job: JobUrl,
+    folder: Annotated[Path, typer.Argument(help="A new folder for the artifact.")],
+    as_json: AsJson = False,
+) -> None:
+    """Download a finished artifact, verify every file, and put it in place whole."""
+    with _reported():
+        from orchestrator.fetch import fetch as fetch_job
+        from orchestrator.fetch import read_manifest
+        from workers.store import open_store
+
+        store = open_store(job)
+        total = sum(facts["size"] for facts in read_manifest(store)["files"].values())
+        with _byte_bar(total, as_json) as advance:
+            files = fetch_job(store, folder, advance)
+        if as_json:
+            _print_json({"folder": str(folder), "files": len(files), "bytes": total})
+        else:
+            _out.print(f"{folder}: {len(files)} files, {total / 1e6:.1f} MB, all verified")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A fetched folder, or a job in its store.")],
+    text: Annotated[Path | None, typer.Option(help="A text for word and byte perplexity.")] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="More lm-eval task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents per task.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of context.")] = 1024,
+    max_characters: Annotated[int, typer.Option(help="Of the text.")] = 40_000,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a finished model with lm-eval, loaded as its users load it."""
+    with _reported():
+        from orchestrator.stored import evaluate_stored
+
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        options = {
+            "text": text and text.absolute(),
+            "tasks": names,
+            "task_folder": task_folder and task_folder.absolute(),
+            "limit": limit,
+            "length": length,
+            "max_characters": max_characters,
+        }
+        with _working("evaluating", as_json):
+            metrics = evaluate_stored(model, options, dtype)
+        if as_json:
+            _print_json(metrics)
+        else:
+            _print_metrics({Path(model).name: metrics})
+
+
+def _run(
+    prepared: Any, in_process: bool, as_json: bool, log_file: Path | None, log_json: bool
+) -> None:
+    from orchestrator.driver import run_job
+    from orchestrator.executors import Executor, InProcessExecutor
+    from orchestrator.log import start_log
+    from orchestrator.progress import Watcher
+    from workers.plan import Plan
+
+    def start_workers(plan: Plan) -> Executor:
+        if in_process:
+            return InProcessExecutor(plan, [prepared.device] * prepared.workers)
+        from orchestrator.ray_executor import RayExecutor
+
+        wanted = prepared.spec.workers
+        return RayExecutor(
+            plan,
+            count=prepared.workers,
+            device=prepared.device,
+            cpus=wanted.cpus or float(wanted.threads),
+            memory=wanted.memory_bytes(),
+        )
+
+    log, path = start_log(prepared.spec.name, log_file, log_json)
+    watcher = Watcher(_err, log, quiet=as_json or log_json)
+    try:
+        result = run_job(prepared, start_workers, watcher)
+    except BaseException as error:
+        log.error("job ended", error=type(error).__name__, message=str(error))
+        raise
+    finally:
+        watcher.close()
+    if as_json:
+        _print_json({"store": result.store, "log": str(path), "report": result.report})
+        return
+    _print_report(result, path)
+
+
+@contextlib.contextmanager
+def _reported(as_json: bool = False) -> Iterator[None]:
+    """Print an error of ours as one message and end with its exit code."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except JobFaults as error:
+        if as_json:
+            faults = [
+                {"field": f.field, "line": f.line, "column": f.column, "message": f.message}
+                for f in error.faults
+            ]
+            _print_json({"faults": faults})
+        for line in error.lines():
+            _err.print(escape(line), highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except QuantfleetError as error:
+        _err.print(f"error: {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _err.print("interrupted", highlight=False)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _waiting_note(store: Any) -> Iterator[None]:
+    """However a started job ends early, say what is kept and how to go on."""
+    from orchestrator.stored import kept_blocks
+
+    try:
+        yield
+    except (QuantfleetError, KeyboardInterrupt):
+        with contextlib.suppress(QuantfleetError):
+            kept, total = kept_blocks(store)
+            if total:
+                line = f"{kept} of {total} blocks are kept; go on with: quantfleet resume {store.url}"
+                _err.print(escape(line), highlight=False, soft_wrap=True)
+        raise
+
+
+@contextlib.contextmanager
+def _working(what: str, quiet: bool) -> Iterator[None]:
+    if quiet or not _err.is_terminal:
+        yield
+    else:
+        with _err.status(what):
+            yield
+
+
+@contextlib.contextmanager
+def _byte_bar(total: int, quiet: bool) -> Iterator[Any]:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+
+    if quiet or not _err.is_terminal:
+        yield lambda name, size: None if quiet else _err.print(f"verified {name}", highlight=False)
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("fetching"), *columns, console=_err) as bars:
+        bar = bars.add_task("fetching", total=total)
+        yield lambda name, size: bars.advance(bar, size)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))  # noqa: T201 - the command's result
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(plan)
+        return
+    table = Table(show_header=False, box=None)
+    for label, count in plan["layers"].items():
+        table.add_row(f"{count} linears", label)
+    memory = sum(plan["worker_memory_bytes"].values()) / 2**30
+    device = plan["device"]
+    table.add_row("blocks", f"{plan['blocks']} of {plan['model']}")
+    table.add_row("workers", f"{plan['workers']} on {device['device']} ({device['name']})")
+    table.add_row("memory", f"about {memory:.1f} GiB each")
+    table.add_row("store", plan["store"])
+    _out.print(table)
+
+
+def _status_line(facts: dict[str, Any]) -> str:
+    state = "finished" if facts["finished"] else "unfinished"
+    return f"{facts['job']}: {state}, {facts['blocks_done']} of {facts['blocks']} blocks"
+
+
+def _print_metrics(variants: dict[str, dict[str, dict[str, float]]]) -> None:
+    tasks = {task: metrics for rows in variants.values() for task, metrics in rows.items()}
+    table = Table("model")
+    for task, metrics in tasks.items():
+        for metric in metrics:
+            table.add_column(f"{task}\n{metric}", justify="right")
+    for name, rows in variants.items():
+        cells = [f"{rows[t][m]:.4f}" if t in rows else "" for t in tasks for m in tasks[t]]
+        table.add_row(name, *cells)
+    _out.print(table)
+
+
+def _print_report(result: Any, log: Path) -> None:
+    report = result.report
+    if result.already_finished:
+        _err.print("this job is finished already; its report says:", highlight=False)
+    if report["evaluation"]:
+        _print_metrics(report["evaluation"])
+    for key, what in (("fallbacks", "rounded plainly"), ("raised_damping", "damped more")):
+        if report[key]:
+            _out.print(f"{what}: {', '.join(report[key])}", highlight=False, soft_wrap=True)
+    sizes = report["bytes"]
+    lines = (
+        f"artifact  {result.store}  ({sizes['quantized'] / 1e6:.1f} MB; "
+        f"source {sizes['source'] / 1e6:.1f} MB)",
+        f"fetch it  quantfleet fetch {result.store} ./out",
+        f"log       {log}",
+    )
+    for line in lines:
+        _out.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point; the hub is not asked about models that are named by path."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.exit(app())

@@ -1,0 +1,111 @@
+"""What makes two runs the same job: all that decides its bits, by the name a user knows it under.
+
+The identity is written to the ledger first. A later run that differs in any of it is refused,
+naming the field; what is not in it (how many workers, where to evaluate) may change freely.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.checks import Prepared
+from quantcore.errors import SpecError, StoreError
+from workers.layout import JOB, dump
+from workers.plan import to_json
+from workers.store import Store
+
+Identity = dict[str, Any]
+
+
+def identity(prepared: Prepared) -> Identity:
+    """All but the model's content, which only the survey knows: see `with_content`."""
+    spec, plan = prepared.spec, prepared.plan
+    quantization = spec.quantization.model_dump(mode="json")
+    quantization["group_size"] = spec.quantization.scheme_of().group_size
+    contract = to_json(plan.contract)
+    kind = contract.pop("kind")
+    threads = contract.pop("threads")
+    contract.pop("compute_dtype")
+    calibration = spec.calibration
+    return {
+        **_flat("quantization", quantization),
+        "model (tensors)": _digest(to_json_tensors(prepared)),
+        "model.dtype": spec.model.dtype if spec.model.path.suffix == ".gguf" else None,
+        "compute_dtype": spec.compute_dtype,
+        "calibration.sequences": calibration.sequences if calibration else None,
+        "calibration.length": calibration.length if calibration else None,
+        "calibration (token ids)": prepared.tokens_digest,
+        "workers.threads": threads,
+        "output.format": spec.output.format,
+        **_flat("contract", contract),
+        **_flat("workers.kind", kind),
+    }
+
+
+def with_content(known: Identity, hashes: Mapping[str, str]) -> Identity:
+    """The identity with the model's content: the hash of every tensor's bytes."""
+    return {**known, "model (content)": _digest(sorted(hashes.items()))}
+
+
+def to_json_tensors(prepared: Prepared) -> list[list[Any]]:
+    tensors = prepared.source.tensors
+    return [[n, str(tensors[n].dtype), list(tensors[n].shape)] for n in sorted(tensors)]
+
+
+def refuse_difference(store: Store, stored: Identity, current: Identity) -> None:
+    """Raise SpecError for the first field in which a job differs from what the store began.
+
+    Only fields that both have are compared: the content may not be known yet.
+    """
+    for field in stored.keys() & current.keys():
+        if stored[field] != current[field]:
+            raise SpecError(
+                f"{field}: this job was begun at {store.url} with {_short(stored[field])}, and now "
+                f"it says {_short(current[field])}: put it back, or choose another name"
+            )
+
+
+def stored_job(store: Store) -> dict[str, Any] | None:
+    """The ledger's first record: the spec and the identity that the job was begun with."""
+    import json
+
+    if not store.exists(JOB):
+        return None
+    try:
+        job: dict[str, Any] = json.loads(store.get(JOB))
+        if not isinstance(job["identity"], dict) or not isinstance(job["spec"], dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{store.url}/{JOB} is not a job record") from None
+    return job
+
+
+def begin(store: Store, prepared: Prepared, current: Identity) -> None:
+    """Write the ledger's first record, or hold the job against the one that is there."""
+    record = {
+        "spec": prepared.spec.model_dump(mode="json"),
+        "identity": current,
+        "blocks": len(prepared.plan.blocks),
+    }
+    if not store.put_if_absent(JOB, dump(record)):
+        known = stored_job(store)
+        assert known is not None
+        refuse_difference(store, known["identity"], current)
+
+
+def _flat(prefix: str, value: Any) -> Identity:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: Identity = {}
+    for key, inner in value.items():
+        flat |= _flat(f"{prefix}.{key}", inner)
+    return flat
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(dump(value)).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}..."

@@ -1,0 +1,238 @@
+"""From a checked job and a model's architecture to the plan."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from jobs.match import matches
+from jobs.spec import JobSpec, Override
+from quantcore.errors import Fault
+from quantcore.formats import FORMATS
+from quantcore.gptq import GptqConfig
+from quantcore.schemes import Scheme, dividing_group_sizes
+from workers.architecture import Architecture, LinearInfo
+from workers.plan import BlockPlan, Contract, GroupPlan, LayerPlan, Plan
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384}
+CHUNKS = 16  # at most this many workers share one calibration
+ROW_TILE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What the job says of one linear, and where it says so."""
+
+    layer: LayerPlan
+    info: LinearInfo
+    override: int | None  # number of the override that decided
+
+    def place(self, key: str) -> str:
+        if self.override is None:
+            return f"quantization.{key}"
+        return f"quantization.overrides.{self.override}"
+
+
+def plan_layers(
+    spec: JobSpec, architecture: Architecture
+) -> tuple[tuple[BlockPlan, ...], LayerPlan | None, list[Fault]]:
+    """What becomes of every linear, and what of it cannot be done."""
+    choices = {
+        info.name: _choose(spec, info) for block in architecture.blocks for info in block.linears()
+    }
+    head, faults = _head(spec, architecture)
+    faults += _unmatched(spec, architecture)
+    faults += _refused(spec, list(choices.values()))
+    faults += _indivisible(choices.values())
+    faults += _split_fusions(spec, choices)
+    if not any(choice.layer.scheme for choice in choices.values()):
+        faults.append(
+            Fault(field="quantization.overrides", message="every layer is skipped: nothing to do")
+        )
+    blocks = tuple(
+        BlockPlan(
+            tuple(
+                GroupPlan(tuple(choices[info.name].layer for info in group))
+                for group in block.groups
+            )
+        )
+        for block in architecture.blocks
+    )
+    return blocks, head, faults
+
+
+def make_plan(
+    spec: JobSpec,
+    blocks: tuple[BlockPlan, ...],
+    head: LayerPlan | None,
+    kind: dict[str, str],
+) -> Plan:
+    """Fix everything that bits depend on. Nothing here may depend on the number of workers."""
+    micro_batch, chunks = 1, 1
+    if spec.calibration is not None:
+        sequences, length = spec.calibration.sequences, spec.calibration.length
+        fits = MICRO_BATCH_TOKENS[kind["device"]] // length
+        micro_batch = max(1, min(fits, sequences // CHUNKS))
+        chunks = min(CHUNKS, math.ceil(sequences / micro_batch))
+    gptq = spec.quantization.gptq
+    return Plan(
+        job=spec.name,
+        store=f"{spec.output.store.rstrip('/')}/{spec.name}",
+        model_path=str(spec.model.path),
+        gguf_dtype=spec.model.dtype,
+        format=spec.output.format,
+        blocks=blocks,
+        head=head,
+        gptq=GptqConfig(
+            damping=gptq.damping, act_order=gptq.act_order, block_columns=gptq.block_columns
+        ),
+        search_range=spec.quantization.range == "search",
+        calibration=spec.calibration,
+        contract=Contract(
+            kind=kind,
+            threads=spec.workers.threads,
+            compute_dtype=spec.compute_dtype,
+            micro_batch=micro_batch,
+            chunks=chunks,
+            row_tile=ROW_TILE,
+            attention="sdpa",
+        ),
+    )
+
+
+def _choose(spec: JobSpec, info: LinearInfo) -> _Choice:
+    """The last override that matches decides; none means the job's own scheme and method."""
+    found = _last_match(spec, info.name)
+    quantization = spec.quantization
+    scheme: Scheme | None = quantization.scheme_of()
+    method = quantization.method
+    number = None
+    if found is not None:
+        number, override = found
+        scheme = None if override.skip else quantization.with_override(override)
+        method = override.method or method
+    layer = LayerPlan(
+        name=info.name,
+        out_features=info.out_features,
+        in_features=info.in_features,
+        scheme=scheme,
+        method=method if scheme else None,
+    )
+    return _Choice(layer, info, number)
+
+
+def _last_match(spec: JobSpec, name: str) -> tuple[int, Override] | None:
+    numbered = list(enumerate(spec.quantization.overrides))
+    return next((pair for pair in reversed(numbered) if matches(pair[1].match, name)), None)
+
+
+def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, list[Fault]]:
+    """The output head stays as it is unless an override names it; embeddings always do."""
+    faults = []
+    embedding = architecture.embedding
+    found = _last_match(spec, embedding) if embedding else None
+    if found and not found[1].skip and _names_exactly(found[1], architecture):
+        faults.append(
+            Fault(
+                field=f"quantization.overrides.{found[0]}.match",
+                message=f"'{embedding}' is an embedding, which no format here stores quantized: "
+                "write skip: true or leave it out",
+            )
+        )
+    head = architecture.head
+    found = _last_match(spec, head.name if head else "lm_head")
+    if found is None or found[1].skip or not _names_exactly(found[1], architecture):
+        return None, faults
+    number, override = found
+    field = f"quantization.overrides.{number}"
+    if head is None:
+        message = "the output head shares the embedding's weight: it cannot be quantized alone"
+        return None, [*faults, Fault(field=f"{field}.match", message=message)]
+    if (override.method or spec.quantization.method) != "rtn":
+        message = "the output head stands after the calibrated blocks: write method: rtn for it"
+        return None, [*faults, Fault(field=f"{field}.method", message=message)]
+    choice = _choose(spec, head)
+    return choice.layer, [*faults, *_indivisible([choice])]
+
+
+def _names_exactly(override: Override, architecture: Architecture) -> bool:
+    """A pattern for all linears ('*') does not mean the head and embeddings too."""
+    blocks = (info.name for block in architecture.blocks for info in block.linears())
+    return not any(matches(override.match, name) for name in blocks)
+
+
+def _unmatched(spec: JobSpec, architecture: Architecture) -> Iterator[Fault]:
+    names = [info.name for block in architecture.blocks for info in block.linears()]
+    outside = [architecture.embedding or "", "lm_head"]
+    if architecture.head is not None:
+        outside.append(architecture.head.name)
+    for number, override in enumerate(spec.quantization.overrides):
+        if not any(matches(override.match, name) for name in (*names, *outside)):
+            yield Fault(
+                field=f"quantization.overrides.{number}.match",
+                message=f"'{override.match}' matches no layer: names look like '{names[0]}' "
+                "and must match as a whole, so begin with '*' for any block",
+            )
+
+
+def _refused(spec: JobSpec, choices: list[_Choice]) -> Iterator[Fault]:
+    refusal = FORMATS[spec.output.format].refusal
+    seen = set()
+    for choice in choices:
+        if choice.layer.scheme is None:
+            continue
+        message = refusal(choice.info.kind, choice.layer.scheme)
+        if message and (choice.place("scheme"), message) not in seen:
+            seen.add((choice.place("scheme"), message))
+            where = choice.place("scheme")
+            yield Fault(field=where, message=f"{message} (first: '{choice.layer.name}')")
+
+
+def _indivisible(choices: Iterable[_Choice]) -> list[Fault]:
+    """One fault per place in the job file, naming the group sizes that divide every width."""
+    widths: dict[tuple[str, int], dict[int, str]] = {}
+    all_widths: dict[tuple[str, int], set[int]] = {}
+    for choice in choices:
+        scheme, width = choice.layer.scheme, choice.layer.in_features
+        if scheme is None or scheme.group_size is None:
+            continue
+        key = (choice.place("group_size"), scheme.group_size)
+        all_widths.setdefault(key, set()).add(width)
+        if width % scheme.group_size:
+            widths.setdefault(key, {}).setdefault(width, choice.layer.name)
+    faults = []
+    for (field, size), offenders in widths.items():
+        common = math.gcd(*all_widths[field, size])
+        fitting = ", ".join(str(s) for s in dividing_group_sizes(common))
+        width, name = next(iter(offenders.items()))
+        faults.append(
+            Fault(
+                field=field,
+                message=f"groups of {size} do not divide the {width} inputs of '{name}': "
+                f"write {f'one of {fitting}, or ' if fitting else ''}channel",
+            )
+        )
+    return faults
+
+
+def _split_fusions(spec: JobSpec, choices: dict[str, _Choice]) -> Iterator[Fault]:
+    """Engines load q/k/v, and gate/up, as one matrix: one scheme for all of them, or none."""
+    families: dict[tuple[str, frozenset[str]], list[_Choice]] = {}
+    for name, choice in choices.items():
+        parent, _, leaf = name.rpartition(".")
+        for fused in FORMATS[spec.output.format].fused:
+            if leaf in fused:
+                families.setdefault((parent, fused), []).append(choice)
+    seen = set()
+    for (parent, fused), members in families.items():
+        if len({member.layer.scheme for member in members}) == 1:
+            continue
+        number = max(m.override for m in members if m.override is not None)
+        if (number, fused) in seen:
+            continue
+        seen.add((number, fused))
+        leaves = "/".join(sorted(fused, key=[m.layer.name.split(".")[-1] for m in members].index))
+        yield Fault(
+            field=f"quantization.overrides.{number}.match",
+            message=f"splits {leaves} of '{parent}', which engines load as one matrix: "
+            "match all of them or none",
+        )

@@ -1,0 +1,40 @@
+"""report/report.json: what was made, layer by layer, and how good it is."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from orchestrator.checks import Prepared, describe
+
+VERSION = 1
+
+
+def make_report(
+    prepared: Prepared,
+    records: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+    phases: Mapping[str, float],
+    tasks: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    layers = [line for record in records for line in record["layers"]]
+    return {
+        "version": VERSION,
+        "plan": describe(prepared),
+        "layers": layers,
+        "fallbacks": [line["layer"] for line in layers if line["fallback"]],
+        "raised_damping": [
+            line["layer"]
+            for line in layers
+            if line["damping"] and line["damping"] > prepared.plan.gptq.damping
+        ],
+        "bytes": {
+            "source": sum(info.num_bytes for info in prepared.source.tensors.values()),
+            "quantized": sum(record["size"] for record in records),
+        },
+        "evaluation": metrics,
+        "seconds": dict(phases),
+        "task_seconds": {
+            kind: {"count": len(times), "mean": fmean(times), "total": sum(times)}
+            for kind, times in tasks.items()
+        },
+    }

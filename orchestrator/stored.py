@@ -1,0 +1,81 @@
+"""What a store tells of its jobs, without the job files that began them."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from jobs.load import Document
+from jobs.spec import EvaluationSpec, JobSpec
+from orchestrator.driver import finished_keys
+from orchestrator.fetch import fetch
+from orchestrator.identity import stored_job
+from quantcore.errors import SourceError, SpecError, StoreError
+from workers.evaluate import evaluate, unknown_tasks
+from workers.layout import JOB, MANIFEST, block_key
+from workers.store import Store, open_store
+from workers.variants import artifact
+
+
+def stored_spec(began: dict[str, Any], url: str) -> tuple[JobSpec, Document]:
+    try:
+        spec = JobSpec.model_validate_json(json.dumps(began["spec"]))
+    except ValidationError as error:
+        raise StoreError(f"{url}/{JOB} was written by another version: {error}") from None
+    return spec, Document(Path(JOB), began["spec"], {})
+
+
+def job_status(store: Store) -> dict[str, Any]:
+    began = stored_job(store)
+    if began is None:
+        raise StoreError(f"{store.url} holds no job: see quantfleet list")
+    kept, total = kept_blocks(store)
+    return {
+        "job": began["spec"]["name"],
+        "store": store.url,
+        "scheme": began["spec"]["quantization"]["scheme"],
+        "blocks": total,
+        "blocks_done": kept,
+        "finished": store.exists(MANIFEST),
+    }
+
+
+def kept_blocks(store: Store) -> tuple[int, int]:
+    """Blocks with a ledger record, and blocks in all; (0, 0) for a job that was never begun."""
+    began = stored_job(store)
+    if began is None:
+        return 0, 0
+    keys = [block_key(block) for block in range(began["blocks"])]
+    return len(finished_keys(store, keys)), len(keys)
+
+
+def jobs_in(store: Store) -> list[dict[str, Any]]:
+    suffix = f"/{JOB}"
+    names = [n.removesuffix(suffix) for n in store.list() if n.endswith(suffix)]
+    return [job_status(open_store(f"{store.url}/{name}")) for name in names]
+
+
+def evaluate_stored(model: str, options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Evaluate a fetched folder, or a finished job fetched for the purpose."""
+    from transformers import AutoTokenizer
+
+    if dtype not in {"float32", "bfloat16", "float16"}:
+        raise SpecError(f"--dtype: unknown '{dtype}': write float32 or bfloat16")
+    try:
+        spec = EvaluationSpec.model_validate(options)
+    except ValidationError as error:
+        raise SpecError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+    if unknown := unknown_tasks(spec):
+        raise SpecError(f"--tasks: lm-eval knows no task '{unknown[0]}'")
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+        folder = Path(model)
+        if not (folder / "config.json").is_file():
+            if not model.startswith("s3://") and not folder.is_dir():
+                raise SourceError(f"there is no {model}: name a fetched folder or a job")
+            folder = Path(scratch) / "model"
+            fetch(open_store(model), folder)
+        loaded = artifact(folder, getattr(torch, dtype))
+        return evaluate(loaded, AutoTokenizer.from_pretrained(folder), spec)

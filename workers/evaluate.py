@@ -1,0 +1,112 @@
+"""Measure a model with lm-eval: perplexity on a local text, and any of its tasks by name."""
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.spec import EvaluationSpec
+from quantcore.errors import SourceError, SpecError
+
+TEXT_TASK = "text"  # the name of the local text's row in every report
+
+_TEXT_TASK_FILE = """
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}, cache_dir: {cache}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: byte_perplexity
+"""
+
+
+def evaluate(model: Any, tokenizer: Any, spec: EvaluationSpec) -> dict[str, dict[str, float]]:
+    """Metrics by task. Raises SpecError for a task that lm-eval does not know."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, _quiet(), torch.no_grad():
+        tasks = list(spec.tasks)
+        if spec.text is not None:
+            tasks.insert(0, _write_text_task(Path(scratch), spec))
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=1,
+            max_length=spec.length,
+            device=str(device),
+        )
+        results = simple_evaluate(
+            model=wrapped,
+            tasks=tasks,
+            task_manager=_task_manager(spec, Path(scratch)),
+            limit=spec.limit,
+            bootstrap_iters=0,
+        )
+    return {name: _numbers(metrics) for name, metrics in results["results"].items()}
+
+
+def unknown_tasks(spec: EvaluationSpec) -> list[str]:
+    """Task names that lm-eval has no file for."""
+    if not spec.tasks:
+        return []
+    with _quiet():
+        known = set(_task_manager(spec, None).all_tasks)
+    return [name for name in spec.tasks if name not in known]
+
+
+def _task_manager(spec: EvaluationSpec, scratch: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    folders = [str(path) for path in (scratch, spec.task_folder) if path is not None]
+    return TaskManager(include_path=folders or None, include_defaults=bool(spec.tasks))
+
+
+def _write_text_task(folder: Path, spec: EvaluationSpec) -> str:
+    assert spec.text is not None
+    try:
+        text = spec.text.read_text(encoding="utf-8")[: spec.max_characters]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read evaluation.text: {error}") from None
+    if not text.strip():
+        raise SpecError(f"evaluation.text: {spec.text} is empty: name a text")
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps({"text": text}) + "\n")
+    filled = _TEXT_TASK_FILE.format(task=TEXT_TASK, rows=rows, cache=folder / "cache")
+    (folder / f"{TEXT_TASK}.yaml").write_text(filled)
+    return TEXT_TASK
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's 'metric,filter' keys with their numbers; no standard errors were asked for."""
+    return {
+        key.removesuffix(",none"): value
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and "stderr" not in key and key != "sample_len"
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets draw bars and log on import and on use: ours are drawn elsewhere."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with Path("/dev/null").open("w") as sink, contextlib.redirect_stderr(sink):
+            yield
+    finally:
+        logging.disable(previous)

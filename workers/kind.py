@@ -1,0 +1,89 @@
+"""What kind of hardware this is, and how torch must be set for its results to be repeatable."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from quantcore.errors import ResourceError
+
+
+def pick_device(kind: str) -> str:
+    """'cuda', 'xpu' or 'cpu' for the kind a job asks for; 'auto' takes the first that is there."""
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "cpu": True,
+    }
+    if kind == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present[kind]:
+        others = ", ".join(name for name, there in present.items() if there)
+        raise ResourceError(f"workers.kind: no {kind} device on this machine; it has: {others}")
+    return kind
+
+
+def hardware_kind(device: str) -> dict[str, str]:
+    """Two machines with equal answers are expected to compute equal bits."""
+    kind = {"device": device, "torch": torch.__version__, "triton": _version("triton")}
+    if device == "cuda":
+        kind["name"] = torch.cuda.get_device_name()
+        kind["instructions"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        kind["cuda"] = torch.version.cuda or ""
+        kind["driver"] = _nvidia_driver()
+    elif device == "xpu":
+        kind["name"] = torch.xpu.get_device_name()
+        kind["driver"] = str(torch.xpu.get_device_properties().driver_version)
+    else:
+        kind["name"] = _cpu_name()
+        kind["instructions"] = torch.backends.cpu.get_cpu_capability()
+    return kind
+
+
+def device_count(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.device_count()
+    if device == "xpu":
+        return torch.xpu.device_count()
+    return len(os.sched_getaffinity(0))
+
+
+def make_repeatable(threads: int) -> None:
+    """Fix what torch would otherwise choose by time, by environment or by chance."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _cpu_name() -> str:
+    """As /proc/cpuinfo names it, with family and model: a vendor name alone says too little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(
+        (part.strip() for part in line.split(":", 1)) for line in lines[:30] if ":" in line
+    )
+    names = [facts.get(key, "") for key in ("model name", "cpu family", "model")]
+    return "/".join(names) if any(names) else platform.machine()
+
+
+def _nvidia_driver() -> str:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

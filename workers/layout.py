@@ -1,0 +1,43 @@
+"""Where things stand in a job's folder, and what its records hold."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+JOB = "ledger/job.json"
+OUTSIDE = "outside"
+MANIFEST = "manifest.json"
+REPORT = "report/report.json"
+MODEL = "model"
+INDEX = f"{MODEL}/model.safetensors.index.json"
+
+_READ_BYTES = 1 << 20
+
+
+def block_key(index: int) -> str:
+    return f"block-{index:05d}"
+
+
+def record_name(key: str) -> str:
+    return f"ledger/{key}.json"
+
+
+def block_file(key: str, sha256: str) -> str:
+    """Block files carry their content's hash: who writes the same bytes writes the same file."""
+    return f"{MODEL}/{key}.{sha256[:16]}.safetensors"
+
+
+def dump(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """SHA-256 (hex) and size in bytes."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            size += len(data)
+    return digest.hexdigest(), size

@@ -1,0 +1,137 @@
+"""The plan of a job: everything that decides the artifact's bits, fixed before work starts.
+
+It is plain data: it travels to workers, is written to the ledger, and a resumed job must arrive
+at the same one.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jobs.spec import CalibrationSpec, Method
+from quantcore.gptq import GptqConfig
+from quantcore.schemes import Scheme
+
+BITS_VERSION = 1  # raised by hand whenever the code would give the same job other bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """What becomes of one linear."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme | None  # None: copied as it is
+    method: Method | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """A LinearGroup: the linears of a block that read one input, and so share one Hessian."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.layers[0].in_features
+
+    def quantized(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.scheme is not None]
+
+    def stacks(self) -> list[list[LayerPlan]]:
+        """Neighbours under one scheme and method: their rows are solved as one matrix."""
+        stacks: list[list[LayerPlan]] = []
+        for layer in self.quantized():
+            last = stacks[-1][-1] if stacks else None
+            if last and (last.scheme, last.method) == (layer.scheme, layer.method):
+                stacks[-1].append(layer)
+            else:
+                stacks.append([layer])
+        return stacks
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    groups: tuple[GroupPlan, ...]
+
+    def quantized(self) -> Iterator[LayerPlan]:
+        for group in self.groups:
+            yield from group.quantized()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """What could change bits without changing the mathematics. One value each, job-wide.
+
+    Any number of workers of one kind keeps to it, so any number gives the same bytes.
+    """
+
+    kind: dict[str, str]  # the hardware and its software, see kind.py
+    threads: int  # per worker: products and factorizations may round by them
+    compute_dtype: str  # of the calibration forward
+    micro_batch: int  # sequences per forward
+    chunks: int  # leaves of the fixed tree of Hessian sums; workers own whole chunks
+    row_tile: int  # rows per solve
+    attention: str
+    deterministic: bool = True
+    bits_version: int = BITS_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    job: str
+    store: str
+    model_path: str
+    gguf_dtype: str
+    format: str
+    blocks: tuple[BlockPlan, ...]
+    head: LayerPlan | None  # the output head, where an override asks for it
+    gptq: GptqConfig
+    search_range: bool
+    calibration: CalibrationSpec | None
+    contract: Contract
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.contract.compute_dtype)
+        return dtype
+
+    def layers(self) -> Iterator[LayerPlan]:
+        for block in self.blocks:
+            for group in block.groups:
+                yield from group.layers
+        if self.head is not None:
+            yield self.head
+
+    def micro_batches(self) -> int:
+        assert self.calibration is not None
+        return -(-self.calibration.sequences // self.contract.micro_batch)
+
+    def chunk_of(self, micro_batch: int) -> int:
+        """Chunks are runs of micro-batches, as even as whole numbers allow."""
+        return micro_batch * self.contract.chunks // self.micro_batches()
+
+    def micro_batches_of(self, first_chunk: int, last_chunk: int) -> list[int]:
+        chunks = range(first_chunk, last_chunk)
+        return [m for m in range(self.micro_batches()) if self.chunk_of(m) in chunks]
+
+    def row_tiles(self, stack: list[LayerPlan]) -> list[tuple[int, int]]:
+        """The rows of a stack, cut at the contract's height."""
+        rows, height = sum(layer.out_features for layer in stack), self.contract.row_tile
+        return [(start, min(start + height, rows)) for start in range(0, rows, height)]
+
+
+def to_json(value: Any) -> Any:
+    """A plan or a part of it as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: to_json(getattr(value, field.name)) for field in fields}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return value

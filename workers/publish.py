@@ -1,0 +1,159 @@
+"""Published blocks: one safetensors file each, named by its content, and one ledger record.
+
+The file goes first and the record, put-if-absent, second: a record always points at a whole file,
+and when two workers publish one block, the first record is the one that counts.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantcore.affine import Qparams, choose_qparams, dequantize, quantize
+from quantcore.errors import StoreError
+from quantcore.formats import FORMATS, QuantizedLinear
+from workers.layout import block_file, hash_file, record_name
+from workers.plan import GroupPlan, LayerPlan, Plan
+from workers.sources import ModelSource
+from workers.store import Store
+from workers.tasks import SolvedGroup
+
+
+def publish(
+    store: Store, key: str, tensors: Mapping[str, Tensor], layers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write one file and its record; the record that stands, which may be another worker's."""
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+        local = Path(scratch) / "block.safetensors"
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, local, metadata={"format": "pt"})
+        sha256, size = hash_file(local)
+        name = block_file(key, sha256)
+        store.put_file(name, local)
+    record = {
+        "key": key,
+        "file": name,
+        "sha256": sha256,
+        "size": size,
+        "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
+        "layers": layers,
+    }
+    if store.put_if_absent(record_name(key), json.dumps(record, indent=1).encode()):
+        return record
+    return read_record(store, key)
+
+
+def read_record(store: Store, key: str) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(store.get(record_name(key)))
+    except ValueError:
+        raise StoreError(f"{store.url}: {record_name(key)} is not JSON") from None
+    return record
+
+
+def published_weights(store: Store, key: str, plan: Plan, layers: Iterable[LayerPlan]) -> dict[
+    str, Tensor
+]:
+    """The weights of a published block by checkpoint name, dequantized from its very bytes."""
+    record = read_record(store, key)
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+        local = Path(scratch) / "block.safetensors"
+        store.get_file(record["file"], local)
+        if hash_file(local) != (record["sha256"], record["size"]):
+            raise StoreError(f"{store.url}: {record['file']} is not what was published")
+        tensors = load_file(local)
+    form = FORMATS[plan.format]
+    weights = {}
+    for layer in layers:
+        assert layer.scheme is not None
+        parts = {s: tensors[f"{layer.name}.{s}"] for s in form.suffixes(layer.scheme)}
+        weights[f"{layer.name}.weight"] = form.decode(parts, layer.scheme)
+    return weights
+
+
+def encode_solved(
+    plan: Plan, groups: Iterable[GroupPlan], solved: Iterable[SolvedGroup], source: ModelSource
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """A block's quantized tensors as stored, and the report's line for each linear."""
+    tensors: dict[str, Tensor] = {}
+    lines = []
+    by_group: dict[int, list[SolvedGroup]] = {}
+    for result in solved:
+        by_group.setdefault(result.group, []).append(result)
+    for index, group in enumerate(groups):
+        for number, stack in enumerate(group.stacks()):
+            tiles = sorted(
+                (tile for part in by_group[index] for tile in part.tiles if tile.stack == number),
+                key=lambda tile: tile.first_row,
+            )
+            codes_OI = np.concatenate([tile.codes_OI for tile in tiles])
+            scale_OG = np.concatenate([tile.scale_OG for tile in tiles])
+            zero_OG = np.concatenate([tile.zero_OG for tile in tiles])
+            error_O = np.concatenate([tile.error_O for tile in tiles])
+            output_O = np.concatenate([tile.output_O for tile in tiles])
+            first = 0
+            for layer in stack:
+                rows = slice(first, first + layer.out_features)
+                first += layer.out_features
+                qparams = Qparams(torch.tensor(scale_OG[rows]), torch.tensor(zero_OG[rows]))
+                tensors |= _encoded(plan, layer, torch.tensor(codes_OI[rows]), qparams, source)
+                total = output_O[rows].sum()
+                relative = math.sqrt(error_O[rows].sum() / total) if total > 0 else None
+                facts = by_group[index][0].facts
+                lines.append(report_line(layer, facts, relative))
+    return tensors, lines
+
+
+def encode_rounded(
+    plan: Plan, layers: Iterable[LayerPlan], source: ModelSource
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Plain rounding of some linears: nearest codes, ranges from the extremes."""
+    tensors: dict[str, Tensor] = {}
+    lines = []
+    for layer in layers:
+        assert layer.scheme is not None
+        ((_, w_OI),) = source.read([f"{layer.name}.weight"])
+        qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
+        codes_OI = quantize(w_OI, qparams, layer.scheme)
+        tensors |= _encoded(plan, layer, codes_OI, qparams, source)
+        delta_OI = w_OI.float() - dequantize(codes_OI, qparams, layer.scheme)
+        norm = w_OI.float().norm().item()
+        line = report_line(layer, {}, None)
+        line["relative_weight_error"] = delta_OI.norm().item() / norm if norm else None
+        lines.append(line)
+    return tensors, lines
+
+
+def report_line(
+    layer: LayerPlan, facts: Mapping[str, Any], relative_output_error: float | None
+) -> dict[str, Any]:
+    assert layer.scheme is not None
+    gptq = layer.method == "gptq"
+    return {
+        "layer": layer.name,
+        "scheme": layer.scheme.label(),
+        "method": layer.method,
+        "damping": facts.get("damping") if gptq else None,
+        "fallback": facts.get("fallback") if gptq else None,
+        "tokens": facts.get("tokens", 0),
+        "dropped_tokens": facts.get("dropped", 0),
+        "silent_inputs": facts.get("silent_inputs", 0),
+        "relative_output_error": relative_output_error,
+    }
+
+
+def _encoded(
+    plan: Plan, layer: LayerPlan, codes_OI: Tensor, qparams: Qparams, source: ModelSource
+) -> dict[str, Tensor]:
+    assert layer.scheme is not None
+    scale_dtype = source.tensors[f"{layer.name}.weight"].dtype
+    linear = QuantizedLinear(codes_OI, qparams, layer.scheme)
+    parts = FORMATS[plan.format].encode(linear, scale_dtype)
+    return {f"{layer.name}.{suffix}": tensor for suffix, tensor in parts.items()}

@@ -1,0 +1,67 @@
+"""Whole models in memory, to be measured: the original, a rounded one, a finished artifact."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcore.affine import choose_qparams, dequantize, quantize
+from quantcore.errors import StoreError
+from workers.layout import MODEL
+from workers.plan import Plan
+from workers.skeleton import empty_model, quiet_transformers
+from workers.sources import ModelSource
+from workers.store import Store
+
+
+def original(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The source's own model, computing in `dtype`."""
+    return _assemble(source, dtype, {})
+
+
+def rounded(source: ModelSource, dtype: torch.dtype, plan: Plan) -> Any:
+    """The plan's layers rounded plainly, dequantized: what its schemes give without a method."""
+    replace = {}
+    for layer in plan.layers():
+        if layer.scheme is not None:
+            ((name, w_OI),) = source.read([f"{layer.name}.weight"])
+            qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
+            codes_OI = quantize(w_OI, qparams, layer.scheme)
+            replace[name] = dequantize(codes_OI, qparams, layer.scheme)
+    return _assemble(source, dtype, replace)
+
+
+def artifact(folder: Path, dtype: torch.dtype) -> Any:
+    """A finished model as its users load it: by transformers, from its folder."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def stored_artifact(store: Store, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of a job's model/ folder, downloaded to a scratch folder first."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+        folder = Path(scratch)
+        names = store.list(f"{MODEL}/")
+        if not names:
+            raise StoreError(f"{store.url} has no {MODEL}/ folder to evaluate")
+        for name in names:
+            local = folder / Path(name).relative_to(MODEL)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, local)
+        return artifact(folder, dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def _assemble(source: ModelSource, dtype: torch.dtype, replace: dict[str, Tensor]) -> Any:
+    model = empty_model(source.config, dtype)
+    kept = (name for name in source.tensors if name not in replace)
+    tensors = {**dict(source.read(kept)), **replace}
+    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    model.load_state_dict(cast, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
