@@ -108,8 +108,10 @@ class Watcher(Observer):
 
 
 def _steps(node: Node) -> int:
-    """What a task counts for in its phase: blocks, not bookkeeping."""
-    return int(isinstance(node.task, Survey | Publish | Round | Evaluate | Advance))
+    """What a task counts for in its phase: blocks done or replayed, not bookkeeping."""
+    if isinstance(node.task, Advance):
+        return int(not any(need.startswith("publish/") for need in node.after))
+    return int(isinstance(node.task, Survey | Publish | Round | Evaluate))
 
 
 def _clock(seconds: float) -> str:
