@@ -63,7 +63,9 @@ def read_document(path: Path) -> Document:
     if not isinstance(data, dict):
         raise JobFaults(str(path), [document.fault((), "write a mapping of keys, as in README.md")])
     if doubled:
-        raise JobFaults(str(path), [document.fault(at, "written twice: keep one") for at in doubled])
+        raise JobFaults(
+            str(path), [document.fault(at, "written twice: keep one") for at in doubled]
+        )
     data.setdefault("name", path.stem)
     return document
 
@@ -159,21 +161,23 @@ def _unique(faults: list[Fault]) -> list[Fault]:
 
 
 def _without(data: Any, locations: list[Any]) -> Any:
+    """A copy of the data less what stands at the locations (or around them, where it is plain)."""
     pruned = json.loads(json.dumps(data, default=str))
     for location in locations:
         parent: Any = pruned
-        for part in location[:-1]:
-            inside = isinstance(parent, dict) and part in parent
-            inside = inside or (isinstance(parent, list) and isinstance(part, int))
-            if not inside:
+        for part in location:
+            if not isinstance(parent, dict | list):
                 break
-            if not isinstance(parent[part], dict | list):
-                location = (part,)
+            try:
+                inner = parent[part]
+            except (KeyError, IndexError, TypeError):
                 break
-            parent = parent[part]
-        last = location[-1] if location else None
-        if isinstance(parent, dict) and last in parent:
-            del parent[last]
+            if isinstance(parent, dict) and (
+                part == location[-1] or not isinstance(inner, dict | list)
+            ):
+                del parent[part]
+                break
+            parent = inner
     return pruned
 
 

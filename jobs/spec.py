@@ -156,7 +156,9 @@ class WorkersSpec(_Section):
         if self.memory is None:
             return None
         unit = self.memory[-3:]
-        return int(float(self.memory[:-3]) * 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) * 1024)
+        return int(
+            float(self.memory[:-3]) * 1024 ** ("KiB", "MiB", "GiB", "TiB").index(unit) * 1024
+        )
 
 
 class OutputSpec(_Section):

@@ -176,7 +176,7 @@ def _workers(spec: JobSpec, plan: Plan, device: str, need: int, findings: _Findi
     most = plan.contract.chunks if plan.calibration is not None else len(plan.blocks)
     devices = device_count(device)
     available = psutil.virtual_memory().available
-    room = max(available // need, 0)
+    room = int(available // need)
     if room == 0:
         message = f"a worker needs {_gib(need)} and this machine has {_gib(available)} free"
         findings.add(Fault(field="workers.memory", message=message, kind=ResourceError))

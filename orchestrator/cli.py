@@ -156,7 +156,7 @@ def fetch(
 
 
 @app.command(name="eval")
-def evaluate(
+def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
     model: Annotated[str, typer.Argument(help="A fetched folder, or a job in its store.")],
     text: Annotated[Path | None, typer.Option(help="A text for word and byte perplexity.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
@@ -265,7 +265,9 @@ def _waiting_note(store: Any) -> Iterator[None]:
         with contextlib.suppress(QuantfleetError):
             kept, total = kept_blocks(store)
             if total:
-                line = f"{kept} of {total} blocks are kept; go on with: quantfleet resume {store.url}"
+                line = (
+                    f"{kept} of {total} blocks are kept; go on with: quantfleet resume {store.url}"
+                )
                 _err.print(escape(line), highlight=False, soft_wrap=True)
         raise
 
@@ -281,8 +283,14 @@ def _working(what: str, quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _byte_bar(total: int, quiet: bool) -> Iterator[Any]:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     if quiet or not _err.is_terminal:
         yield lambda name, size: None if quiet else _err.print(f"verified {name}", highlight=False)

@@ -1,6 +1,7 @@
 """The driver of one job: carries the scheduler's instructions out and keeps the ledger's order.
 
-    survey -> begin -> quantize, block by block -> index and config -> evaluate -> report -> manifest
+    survey -> begin -> quantize, block by block -> index and config -> evaluate -> report
+           -> manifest
 
 The ledger in the store is the only state. Whatever ends a job early, running it again takes it up
 after its last published block.
@@ -17,8 +18,17 @@ from orchestrator.graph import Node, evaluation_graph, quantization_graph, surve
 from orchestrator.identity import begin, identity, refuse_difference, stored_job, with_content
 from orchestrator.merge import commit, write_model
 from orchestrator.report import make_report
-from orchestrator.scheduler import Failed, Finished, Run, Release, Scheduler, Started, Stop
-from orchestrator.scheduler import Event, WorkerLost
+from orchestrator.scheduler import (
+    Event,
+    Failed,
+    Finished,
+    Release,
+    Run,
+    Scheduler,
+    Started,
+    Stop,
+    WorkerLost,
+)
 from quantcore.errors import QuantfleetError
 from workers.layout import MANIFEST, OUTSIDE, REPORT, block_key, dump, record_name
 from workers.plan import Plan

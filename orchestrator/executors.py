@@ -1,4 +1,4 @@
-"""Where tasks run. The driver knows this protocol; Ray is one way to fulfil it (ray_executor.py)."""
+"""Where tasks run. The driver knows this protocol; ray_executor.py is one way to fulfil it."""
 
 from collections import deque
 from collections.abc import Sequence

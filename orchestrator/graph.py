@@ -4,6 +4,7 @@ A resumed job is the same function with more blocks done: their quantization fal
 their forward pass is left, which replays the calibration sequences up to where the job stopped.
 """
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -70,11 +71,10 @@ def quantization_graph(plan: Plan, workers: int, done: Collection[str]) -> list[
         nodes.append(node)
         before.append(node.id)
     for block in range(last + 1):
+        after: tuple[str, ...] = ()
         if block_key(block) not in done:
             nodes += _block(plan, block, before)
             after = (f"publish/{block}",)
-        else:
-            after = ()
         if block == last:
             break
         for worker, previous in enumerate(before):
@@ -98,7 +98,7 @@ def chunk_ranges(plan: Plan, workers: int) -> list[tuple[int, int]]:
     chunks = plan.contract.chunks
     assert 0 < workers <= chunks
     cuts = [worker * chunks // workers for worker in range(workers + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 def _block(plan: Plan, block: int, before: list[str]) -> list[Node]:
@@ -146,7 +146,7 @@ def _pieces(plan: Plan, group: GroupPlan, workers: int) -> list[tuple[tuple[int,
     ]
     hands = min(workers, len(tiles))
     cuts = [hand * len(tiles) // hands for hand in range(hands + 1)] if hands else []
-    return [tuple(tiles[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [tuple(tiles[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:

@@ -44,6 +44,6 @@ class _Tee:
 
     def msg(self, line: str) -> None:
         for sink in self._sinks:
-            print(line, file=sink)  # noqa: T201
+            print(line, file=sink)
 
     info = warning = error = debug = msg

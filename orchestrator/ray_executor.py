@@ -48,9 +48,7 @@ class RayExecutor:
             self.close()
             raise
 
-    def _start_workers(
-        self, plan: Plan, device: str, cpus: float, memory: int | None
-    ) -> list[Any]:
+    def _start_workers(self, plan: Plan, device: str, cpus: float, memory: int | None) -> list[Any]:
         ray = self._ray
         threads = str(plan.contract.threads)
         options: dict[str, Any] = {
@@ -161,5 +159,3 @@ def _revived(failure: dict[str, str]) -> Exception:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-

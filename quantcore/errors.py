@@ -69,14 +69,14 @@ class Fault:
     column: int | None = None  # 1-based
 
 
-class JobFaults(QuantfleetError):
-    """All the faults of one job at once; it ends with the first fault's exit code."""
+class JobFaults(QuantfleetError):  # noqa: N818 - the many faults of one job
+    """All the faults of one job at once; the lowest of their exit codes ends it."""
 
     def __init__(self, path: str, faults: Sequence[Fault]) -> None:
         assert faults
         self.path = path
         self.faults = tuple(faults)
-        self.exit_code = self.faults[0].kind.exit_code
+        self.exit_code = min(fault.kind.exit_code for fault in self.faults)
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:

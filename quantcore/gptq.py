@@ -16,12 +16,12 @@ Float32 maths on W's own device. No files, no logging, no Ray.
 from dataclasses import dataclass
 
 import torch
+from quantkernels.sweep import AffineColumns, sweep
 from torch import Tensor
 
 from quantcore.affine import Qparams, code_range
 from quantcore.errors import SolveError
 from quantcore.schemes import Scheme
-from quantkernels.sweep import AffineColumns, sweep
 
 DAMPING_STEPS = 4  # tries, each with ten times the damping of the one before
 

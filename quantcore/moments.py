@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from quantkernels.gram import gram
+from torch import Tensor
 
 Span = tuple[int, int]  # chunks [first, last)
 

@@ -1,4 +1,4 @@
-"""The schemes a job can name, as a table. A new scheme is one row (and a format that carries it)."""
+"""The schemes a job can name, as a table: a new one is a row, and a format that carries it."""
 
 from dataclasses import dataclass
 

@@ -66,9 +66,10 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    facts = dict(
-        (part.strip() for part in line.split(":", 1)) for line in lines[:30] if ":" in line
-    )
+    facts: dict[str, str] = {}
+    for line in lines[:30]:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
     names = [facts.get(key, "") for key in ("model name", "cpu family", "model")]
     return "/".join(names) if any(names) else platform.machine()
 

@@ -58,9 +58,9 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     return record
 
 
-def published_weights(store: Store, key: str, plan: Plan, layers: Iterable[LayerPlan]) -> dict[
-    str, Tensor
-]:
+def published_weights(
+    store: Store, key: str, plan: Plan, layers: Iterable[LayerPlan]
+) -> dict[str, Tensor]:
     """The weights of a published block by checkpoint name, dequantized from its very bytes."""
     record = read_record(store, key)
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:

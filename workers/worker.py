@@ -3,6 +3,7 @@
 It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 """
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Worker:
         self._model = BlockModel(self._source, plan.torch_dtype, self._device)
         self._batches: list[_MicroBatch] = []
 
-    def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
+    def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:  # noqa: PLR0911
         """Do one task. `inputs` are the parts of earlier results that it was promised."""
         match task:
             case Survey(names):
@@ -81,8 +82,8 @@ class Worker:
             case Round(block):
                 layers = list(self._plan.blocks[block].quantized())
                 tensors, lines = encode_rounded(self._plan, layers, self._source)
-                names = self._model.block_tensors(block)
-                return self._put(block_key(block), tensors, lines, names)
+                kept = self._model.block_tensors(block)
+                return self._put(block_key(block), tensors, lines, kept)
             case CopyOutside():
                 head = [self._plan.head] if self._plan.head else []
                 tensors, lines = encode_rounded(self._plan, head, self._source)
@@ -100,7 +101,7 @@ class Worker:
                     "(NaN or infinity): fetch the model again"
                 )
             data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-            hashes[name] = hashlib.sha256(data).hexdigest()
+            hashes[name] = hashlib.sha256(data.data).hexdigest()
         return hashes
 
     def _embed(self, first: int, last: int) -> Outcome:
@@ -113,7 +114,9 @@ class Worker:
             for number in self._plan.micro_batches_of(first, last)
         ]
         self._model.release_outside()
-        return Outcome({"tokens": sum(b.inputs.hidden_BLH.shape[:2].numel() for b in self._batches)})
+        return Outcome(
+            {"tokens": sum(b.inputs.hidden_BLH.shape[:2].numel() for b in self._batches)}
+        )
 
     def _collect(self, index: int) -> Outcome:
         plan = self._plan.blocks[index]
@@ -121,10 +124,8 @@ class Worker:
         trees = _watch(block, self._model.prefix(index), plan, self._plan, self._device)
         for batch in self._batches:
             trees.chunk = self._plan.chunk_of(batch.number)
-            try:
+            with contextlib.suppress(_AllSeenError):
                 run_block(block, batch.inputs.calls[index], batch.inputs.hidden_BLH)
-            except _AllSeenError:
-                pass
         return Outcome({}, trees.parts())
 
     def _publish(self, index: int, solved: tuple[SolvedGroup, ...]) -> Outcome:

@@ -25,9 +25,7 @@ def main() -> None:
     lines = Path(calibration).read_text().splitlines()
     rows = [json.loads(line)["input_ids"] for line in lines]
     length = len(rows[0])
-    dataset = Dataset.from_dict(
-        {"input_ids": rows, "attention_mask": [[1] * length for _ in rows]}
-    )
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length for _ in rows]})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     weights = QuantizationArgs(

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SafetensorsFolder:
         self.path = path
         self.config = _load_config(path)
         self._file_of: dict[str, Path] = {}
-        self.tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         for file, expected in _weight_files(path).items():
             found = _read_header(file)
             if expected is not None and (missing := sorted(expected - set(found))):
@@ -57,8 +57,9 @@ class SafetensorsFolder:
                 if name in self._file_of:
                     other = self._file_of[name].name
                     raise SourceError(f"'{name}' stands twice: in {other} and in {file.name}")
-                self.tensors[name] = info
+                tensors[name] = info
                 self._file_of[name] = file
+        self.tensors: Mapping[str, TensorInfo] = tensors
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         by_file: dict[Path, list[str]] = defaultdict(list)

@@ -8,7 +8,7 @@ knowledge: its maps are used here, so that a block read from the file equals wha
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class GgufFile:
         self._tensor_of = {
             names[tensor.name]: tensor for tensor in self._reader.tensors if tensor.name in names
         }
-        self.tensors: dict[str, TensorInfo] = {
+        self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(dtype, tuple(int(size) for size in reversed(tensor.shape)))
             for name, tensor in self._tensor_of.items()
         }
