@@ -44,6 +44,9 @@ def plan_layers(
     faults += _refused(spec, list(choices.values()))
     faults += _indivisible(choices.values())
     faults += _split_fusions(spec, choices)
+    schemes = frozenset(c.layer.scheme for c in choices.values() if c.layer.scheme)
+    if message := FORMATS[spec.output.format].refusal_together(schemes):
+        faults.append(Fault(field="quantization.symmetric", message=message))
     if not any(choice.layer.scheme for choice in choices.values()):
         faults.append(
             Fault(field="quantization.overrides", message="every layer is skipped: nothing to do")

@@ -22,6 +22,8 @@ class QuantizedLinear:
 class Format:
     # why a linear of this class under this scheme cannot be stored; None if it can
     refusal: Callable[[str, Scheme], str | None]
+    # why these schemes cannot stand in one artifact; None if they can
+    refusal_together: Callable[[frozenset[Scheme]], str | None]
     # names of linears that engines load as one matrix: all under one scheme, or all skipped
     fused: tuple[frozenset[str], ...]
     # tensors by their name after the module's, scales in the dtype given

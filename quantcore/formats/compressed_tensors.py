@@ -30,6 +30,16 @@ def _refusal(module_kind: str, scheme: Scheme) -> str | None:
     return None
 
 
+def _refusal_together(schemes: frozenset[Scheme]) -> str | None:
+    """transformers loads zero points only by dequantizing, and then under one scheme for all."""
+    if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+        return (
+            "transformers cannot load an asymmetric scheme beside another one: write "
+            "symmetric: true, or one scheme for all layers"
+        )
+    return None
+
+
 def _suffixes(scheme: Scheme) -> tuple[str, ...]:
     if _storage(scheme) == _PLAIN:
         return ("weight", "weight_scale")
@@ -95,6 +105,10 @@ def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, 
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=sorted(skipped),
     ).model_dump(mode="json", exclude_none=True)
+    if not all(scheme.symmetric for scheme in named):
+        # compressed-tensors 0.20 gives the empty module an unpacked zero point, which no
+        # checkpoint fits; dequantizing while loading takes another way. vLLM ignores the key.
+        config["dequantize"] = True
     return config
 
 
@@ -119,6 +133,7 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> Any:
 
 FORMAT = Format(
     refusal=_refusal,
+    refusal_together=_refusal_together,
     fused=(
         frozenset({"q_proj", "k_proj", "v_proj"}),
         frozenset({"gate_proj", "up_proj"}),

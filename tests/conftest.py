@@ -1,0 +1,130 @@
+"""Small random models with a real tokenizer, and job files over them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import yaml
+
+VOCABULARY = 320
+HIDDEN = 64
+INNER = 128
+BLOCKS = 3
+
+TEXT = " ".join(
+    f"Line {number}: the whale, the sea and the {number % 7} ships went on and on, said Ahab."
+    for number in range(400)
+)
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def _configs() -> dict[str, Callable[[], Any]]:
+    import transformers as t
+
+    sliding = ["sliding_attention", "full_attention", "sliding_attention"]
+    return {
+        "llama": lambda: t.LlamaConfig(**_SHAPE),
+        "llama-tied": lambda: t.LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+        "qwen2": lambda: t.Qwen2Config(**_SHAPE),
+        "qwen3": lambda: t.Qwen3Config(**_SHAPE, head_dim=16),
+        "mistral": lambda: t.MistralConfig(**_SHAPE, sliding_window=16),
+        "gemma2": lambda: t.Gemma2Config(
+            **_SHAPE, head_dim=16, sliding_window=16, layer_types=sliding
+        ),
+        "mixtral": lambda: t.MixtralConfig(**_SHAPE, num_local_experts=4),
+        "gpt2": lambda: t.GPT2Config(
+            n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1
+        ),
+    }
+
+
+ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2")
+
+
+def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """A small random model of an architecture, saved as a Hugging Face folder with a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(_configs()[name]()).eval()
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = parameter.data + 0.1 * noise if parameter.ndim == 1 else 0.08 * noise
+    model.to(dtype).save_pretrained(folder, **save)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> Any:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        [TEXT], vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_folder("llama")`: made once a session; not to be changed by a test."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+        key = (name, dtype, *sorted(save.items()))
+        if key not in made:
+            made[key] = save_model(name, tmp_path_factory.mktemp(name), dtype, **save)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def job_file(
+    tmp_path: Path, model_folder: Callable[..., Path], text_file: Path
+) -> Callable[..., Path]:
+    """Write a job file: `job_file(quantization={...})` replaces whole sections, None drops one."""
+
+    def write(name: str = "job", **sections: Any) -> Path:
+        job: dict[str, Any] = {
+            "model": {"path": str(model_folder("llama"))},
+            "quantization": {"scheme": "int4", "group_size": 32, "method": "gptq"},
+            "calibration": {"text": str(text_file), "sequences": 8, "length": 32},
+            "workers": {"count": 1},
+            "output": {"store": str(tmp_path / "store")},
+        }
+        job.update(sections)
+        job = {key: value for key, value in job.items() if value is not None}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(job))
+        return path
+
+    return write
