@@ -50,7 +50,7 @@ def main() -> None:
     }
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the machine's own Python runs this
         sys.exit(f"quantfleet needs Python 3.11 or later; this is {sys.version.split()[0]}")
     os.chdir(ROOT)
     try:
@@ -193,7 +193,9 @@ def download(file: str, requirement: str, sha256: str) -> Path:
 
 
 def call(*command: str | Path, environment: dict[str, str] | None = None) -> None:
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | (environment or {}))
+    subprocess.run(
+        [str(part) for part in command], check=True, env=os.environ | (environment or {})
+    )
 
 
 def say(line: str) -> None:

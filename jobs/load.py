@@ -14,6 +14,7 @@ from quantcore.errors import Fault, JobFaults
 
 Location = tuple[str | int, ...]
 
+_KEY_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}
 _PLAIN_WORDS = {
     "extra_forbidden": "unknown key",
     "missing": "missing: this key is required",
@@ -48,24 +49,25 @@ def read_document(path: Path) -> Document:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise JobFaults(str(path), [Fault(field="job", message=f"cannot read: {reason}")]) from None
+    places: dict[Location, tuple[int, int]] = {}
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        wrong = _collect_places(root, (), places)
+    except RecursionError:
+        fault = Fault(field="job", message="nested too deeply: does an anchor hold itself?")
+        raise JobFaults(str(path), [fault]) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error)
         line, column = (mark.line + 1, mark.column + 1) if mark else (None, None)
         fault = Fault(field="job", message=f"not YAML: {problem}", line=line, column=column)
         raise JobFaults(str(path), [fault]) from None
-    places: dict[Location, tuple[int, int]] = {}
-    doubled = _collect_places(root, (), places)
     document = Document(path, data if isinstance(data, dict) else {}, places)
     if not isinstance(data, dict):
         raise JobFaults(str(path), [document.fault((), "write a mapping of keys, as in README.md")])
-    if doubled:
-        raise JobFaults(
-            str(path), [document.fault(at, "written twice: keep one") for at in doubled]
-        )
+    if wrong:
+        raise JobFaults(str(path), [document.fault(at, message) for at, message in wrong])
     data.setdefault("name", path.stem)
     return document
 
@@ -91,7 +93,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     """The same spec with every path absolute; relative ones start at the job file's folder."""
 
     def absolute(path: Path | None) -> Path | None:
-        return None if path is None else (base / path.expanduser()).resolve()
+        return None if path is None else (base / _expanded(path)).resolve()
 
     changes: dict[str, Any] = {
         "model": spec.model.model_copy(update={"path": absolute(spec.model.path)})
@@ -111,6 +113,14 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     return spec.model_copy(update=changes)
 
 
+def _expanded(path: Path) -> Path:
+    """`~` and `~user` as folders; the path of a user that is not there is missing all the same."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def _fault(document: Document, item: Any) -> Fault:
     location: Location = tuple(
         part for part in item["loc"] if not _is_union_branch(part, item["loc"])
@@ -119,8 +129,8 @@ def _fault(document: Document, item: Any) -> Fault:
     message = _PLAIN_WORDS.get(kind, item["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
         message += f": write one of {', '.join(_known_keys(location[:-1]))}"
-    elif kind == "missing":
-        pass
+    elif kind in {"missing", "value_error"}:
+        pass  # our own messages are whole: a store URL with credentials must not be shown again
     elif not isinstance(item["input"], dict | list):
         message = f"{message} (got {item['input']!r})"
     return document.fault(location, message)
@@ -165,7 +175,7 @@ def _without(data: Any, locations: list[Any]) -> Any:
     pruned = json.loads(json.dumps(data, default=str))
     for location in locations:
         parent: Any = pruned
-        for part in location:
+        for depth, part in enumerate(location, start=1):
             if not isinstance(parent, dict | list):
                 break
             try:
@@ -173,7 +183,7 @@ def _without(data: Any, locations: list[Any]) -> Any:
             except (KeyError, IndexError, TypeError):
                 break
             if isinstance(parent, dict) and (
-                part == location[-1] or not isinstance(inner, dict | list)
+                depth == len(location) or not isinstance(inner, dict | list)
             ):
                 del parent[part]
                 break
@@ -183,18 +193,21 @@ def _without(data: Any, locations: list[Any]) -> Any:
 
 def _collect_places(
     node: Any, location: Location, places: dict[Location, tuple[int, int]]
-) -> list[Location]:
-    doubled: list[Location] = []
+) -> list[tuple[Location, str]]:
+    """Note where each value stands; the result is what is wrong with the keys as such."""
+    wrong: list[tuple[Location, str]] = []
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             below = (*location, str(key.value))
             if below in places:
-                doubled.append(below)
+                wrong.append((below, "written twice: keep one"))
+            elif key.tag not in _KEY_TAGS:
+                wrong.append((below, "unknown key: keys are words"))
             places[below] = (key.start_mark.line + 1, key.start_mark.column + 1)
-            doubled += _collect_places(value, below, places)
+            wrong += _collect_places(value, below, places)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             below = (*location, index)
             places[below] = (value.start_mark.line + 1, value.start_mark.column + 1)
-            doubled += _collect_places(value, below, places)
-    return doubled
+            wrong += _collect_places(value, below, places)
+    return wrong

@@ -12,7 +12,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         return re.compile(fnmatch.translate(pattern))
     try:
         return re.compile(pattern[3:])
-    except re.error as error:
+    except (re.error, OverflowError) as error:  # OverflowError: a{99999999999}
         raise ValueError(f"not a regular expression: {error}") from None
 
 

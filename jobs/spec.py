@@ -31,8 +31,9 @@ def _pattern(text: str) -> str:
 
 def _store(text: str) -> str:
     parts = urlsplit(text)
-    if parts.scheme not in {"", "file", "s3"}:
-        raise ValueError(f"cannot store to '{parts.scheme}://': write a folder or s3://bucket/path")
+    scheme = text.partition(":")[0] if parts.scheme else ""  # as written: S3:// is not s3://
+    if scheme not in {"", "file", "s3"}:
+        raise ValueError(f"cannot store to '{scheme}://': write a folder or s3://bucket/path")
     if parts.scheme == "s3" and (parts.username or parts.password):
         raise ValueError(
             "keep credentials out of the job file: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -49,7 +50,7 @@ FilePath = Annotated[Path, Field(description="relative to the job file")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Section):

@@ -44,7 +44,8 @@ def plan_layers(
     faults += _refused(spec, list(choices.values()))
     faults += _indivisible(choices.values())
     faults += _split_fusions(spec, choices)
-    schemes = frozenset(c.layer.scheme for c in choices.values() if c.layer.scheme)
+    layers = [choice.layer for choice in choices.values()] + ([head] if head else [])
+    schemes = frozenset(layer.scheme for layer in layers if layer.scheme)
     if message := FORMATS[spec.output.format].refusal_together(schemes):
         faults.append(Fault(field="quantization.symmetric", message=message))
     if not any(choice.layer.scheme for choice in choices.values()):

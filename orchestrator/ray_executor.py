@@ -4,6 +4,7 @@ Ray's own retries are off: what is repeated, and from where, is decided above. R
 in Ray's object store as references; the driver passes them on and never looks inside.
 """
 
+import logging
 import os
 import time
 import traceback
@@ -24,10 +25,7 @@ class RayExecutor:
     def __init__(
         self, plan: Plan, *, count: int, device: str, cpus: float, memory: int | None
     ) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        self._ray = ray
+        self._ray = ray = _ray_on_loopback()
         self.workers = count
         self._refs: dict[str, list[Any]] = {}
         self._running: dict[Any, tuple[int, Node, float]] = {}
@@ -110,6 +108,21 @@ class RayExecutor:
         self._refs.clear()
         self._running.clear()
         self._ray.shutdown()
+
+
+def _ray_on_loopback() -> Any:
+    """Import Ray so that an embedded one listens on this machine alone and phones nowhere.
+
+    Despite its name, the second variable decides on Linux too whether a node may be joined from
+    outside; without that, every Ray server binds to 127.0.0.1. Ray's access token stays on, since
+    other users of the machine can reach the loopback; only its notice is left out.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    import ray
+
+    return ray
 
 
 class _Actor:

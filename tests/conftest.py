@@ -51,7 +51,12 @@ def _configs() -> dict[str, Callable[[], Any]]:
         ),
         "mixtral": lambda: t.MixtralConfig(**_SHAPE, num_local_experts=4),
         "gpt2": lambda: t.GPT2Config(
-            n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1
+            n_embd=HIDDEN,
+            n_layer=2,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            bos_token_id=0,
+            eos_token_id=1,
         ),
     }
 

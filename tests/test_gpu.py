@@ -1,0 +1,82 @@
+"""The same path on a CUDA device. Run with: pytest -m gpu"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.checks import check
+from orchestrator.driver import JobResult, Observer, run_job
+from orchestrator.executors import InProcessExecutor
+from tests.conftest import ARCHITECTURES
+from workers.blocks import BlockModel, run_block
+from workers.sources import open_source
+
+pytestmark = pytest.mark.gpu
+
+JobFile = Callable[..., Path]
+
+
+def run_on_gpu(job: Path, workers: int = 1) -> JobResult:
+    prepared = check(job)
+    assert prepared.device == "cuda"
+    return run_job(prepared, lambda plan: InProcessExecutor(plan, ["cuda"] * workers), Observer())
+
+
+def model_bytes(store: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((Path(store) / "model").iterdir())}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_workers_on_one_kind_give_the_same_bytes(job_file: JobFile, dtype: str) -> None:
+    stores = [
+        run_on_gpu(job_file(f"w{n}", compute_dtype=dtype, workers={}), workers=n).store
+        for n in (1, 2)
+    ]
+    assert model_bytes(stores[0]) == model_bytes(stores[1])
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"scheme": "int4", "group_size": 32},
+        {"scheme": "int4", "group_size": 32, "symmetric": False},
+        {"scheme": "int8_dynamic"},
+    ],
+    ids=str,
+)
+def test_the_gpu_finds_solutions_as_good_as_the_cpus(
+    job_file: JobFile, quantization: dict[str, object]
+) -> None:
+    errors = []
+    for kind in ("cuda", "cpu"):
+        job = job_file(kind, quantization=quantization, workers={"kind": kind})
+        prepared = check(job)
+        result = run_job(
+            prepared, lambda plan, kind=kind: InProcessExecutor(plan, [kind]), Observer()
+        )
+        errors.append([line["relative_output_error"] for line in result.report["layers"]])
+    # the first block sees the same inputs on both; later ones see other last bits
+    for gpu, cpu in zip(errors[0][:7], errors[1][:7], strict=True):
+        assert gpu == pytest.approx(cpu, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_block_by_block_equals_the_whole_model(
+    model_folder: Callable[..., Path], name: str, dtype: torch.dtype
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(name)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to("cuda")
+    ids_BL = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.no_grad():
+        expected = whole(ids_BL).logits
+    model = BlockModel(open_source(folder), dtype, "cuda")
+    inputs = model.embed(ids_BL)
+    hidden_BLH = inputs.hidden_BLH
+    for index, call in enumerate(inputs.calls):
+        hidden_BLH = run_block(model.block(index), call, hidden_BLH)
+    assert torch.equal(model.logits(ids_BL, hidden_BLH), expected)
