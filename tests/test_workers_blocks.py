@@ -35,9 +35,10 @@ def test_block_by_block_equals_the_whole_model(model_folder: Folder, name: str) 
 def test_gemma2_masks_differ_by_layer_type(model_folder: Folder) -> None:
     model = BlockModel(open_source(model_folder("gemma2")), torch.float32)
     calls = model.embed(torch.arange(2, 42)[None]).calls
-    masks = [call.kwargs["attention_mask"] for call in calls]
-    assert not torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[0], masks[2])
+    sliding, full, sliding_too = (call.kwargs["attention_mask"] for call in calls)
+    assert torch.equal(sliding, sliding_too)
+    # some versions of transformers leave a plain causal mask to the attention itself
+    assert full is None or not torch.equal(sliding, full)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
