@@ -197,12 +197,14 @@ def _collect_places(
     """Note where each value stands; the result is what is wrong with the keys as such."""
     wrong: list[tuple[Location, str]] = []
     if isinstance(node, yaml.MappingNode):
+        seen: set[Location] = set()
         for key, value in node.value:
             below = (*location, str(key.value))
-            if below in places:
+            if below in seen:
                 wrong.append((below, "written twice: keep one"))
             elif key.tag not in _KEY_TAGS:
                 wrong.append((below, "unknown key: keys are words"))
+            seen.add(below)
             places[below] = (key.start_mark.line + 1, key.start_mark.column + 1)
             wrong += _collect_places(value, below, places)
     elif isinstance(node, yaml.SequenceNode):
