@@ -5,6 +5,7 @@ in Ray's object store as references; the driver passes them on and never looks i
 """
 
 import logging
+import math
 import os
 import time
 import traceback
@@ -32,7 +33,8 @@ class RayExecutor:
         try:
             ray.init(
                 address="local",
-                num_cpus=max(1, int(-(-count * cpus // 1))),
+                num_cpus=max(1, math.ceil(count * cpus)),
+                num_gpus=0 if device == "cpu" else count,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -51,13 +53,11 @@ class RayExecutor:
         threads = str(plan.contract.threads)
         options: dict[str, Any] = {
             "num_cpus": cpus,
-            "num_gpus": 1 if device == "cuda" else 0,
+            "num_gpus": 0 if device == "cpu" else 1,  # Ray counts Intel's GPUs as GPUs too
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
         }
-        if device == "xpu":
-            options["resources"] = {"xpu": 1}
         if memory is not None:
             options["memory"] = memory
         actor = ray.remote(_Actor).options(**options)
@@ -165,8 +165,6 @@ def _revived(failure: dict[str, str]) -> Exception:
     kind = BY_NAME.get(failure["kind"])
     if kind is not None:
         return kind(failure["message"])
-    if failure["kind"] in {"MemoryError", "OutOfMemoryError"}:
-        return ResourceError(f"a worker ran out of memory: {failure['message']}")
     return RuntimeError(f"a worker failed:\n{failure['trace']}")
 
 

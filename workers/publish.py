@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +34,10 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, local, metadata={"format": "pt"})
+        try:
+            save_file(contiguous, local, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"cannot write {key} to the scratch {scratch}: {error}") from None
         sha256, size = hash_file(local)
         name = block_file(key, sha256)
         store.put_file(name, local)

@@ -34,18 +34,28 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`, untouched so far: see `probe`."""
-    if url.startswith("s3://"):
-        return S3Store(url)
-    return LocalStore(Path(url.removeprefix("file://")))
+    """The store at `url`, untouched so far: see `probe`. Raises StoreError for what is no store."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        return LocalStore(Path(rest if separator else url))
+    bucket = rest.split("/")[0]
+    if scheme != "s3" or not bucket:
+        raise StoreError(f"there is no store at '{scheme}://': name a folder or s3://bucket/path")
+    if "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
+        raise StoreError(
+            "keep credentials out of the URL: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return S3Store(url)
 
 
 def probe(store: Store) -> None:
     """Write, read, race and delete one small file. Raises StoreError if any of it fails."""
     name = f"{_PROBE}-{secrets.token_hex(4)}"
     made = missing_parents(Path(store.url)) if isinstance(store, LocalStore) else []
+    written = False  # what could not be written need not be deleted, at the price of a time-out
     try:
-        if not store.put_if_absent(name, b"first"):
+        written = store.put_if_absent(name, b"first")
+        if not written:
             raise StoreError(f"{store.url}: a new file was said to exist already")
         second = store.put_if_absent(name, b"second")
         if second or store.get(name) != b"first":
@@ -54,8 +64,9 @@ def probe(store: Store) -> None:
                 "drivers could spoil one job. Use a store that honours If-None-Match"
             )
     finally:
-        with contextlib.suppress(StoreError):
-            store.delete(name)
+        if written:
+            with contextlib.suppress(StoreError):
+                store.delete(name)
         for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -72,8 +83,9 @@ def missing_parents(folder: Path) -> list[Path]:
 
 def safe_name(name: str) -> str:
     """`name` itself if it stays under the root it is used in; StoreError otherwise."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+    path = PurePosixPath(name)  # differs from the name where that has an empty part, or a dot
+    odd = path.is_absolute() or ".." in path.parts or not path.name or str(path) != name
+    if odd or "\\" in name or "\0" in name:
         raise StoreError(f"the file name '{name}' leads out of its folder: refused")
     return name
 
@@ -162,10 +174,16 @@ class S3Store:
         # path-style addressing: custom endpoints rarely have a host name per bucket
         style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
         self._fs = s3fs.S3FileSystem(
-            config_kwargs={"s3": {"addressing_style": style}, "retries": {"mode": "standard"}},
+            config_kwargs={
+                "s3": {"addressing_style": style},
+                "retries": {"mode": "standard", "total_max_attempts": 3},
+                "connect_timeout": 5,
+                "read_timeout": 15,
+            },
             use_listings_cache=False,
             skip_instance_cache=True,
         )
+        self._fs.retries = 2  # around botocore's own: an endpoint that hangs is given up in 90 s
 
     def put(self, name: str, data: bytes) -> None:
         with self._translated(name):
@@ -200,7 +218,10 @@ class S3Store:
 
     def exists(self, name: str) -> bool:
         with self._translated(name):
-            return bool(self._fs.isfile(self._path(name)))
+            try:
+                return bool(self._fs.info(self._path(name))["type"] == "file")
+            except FileNotFoundError:  # and nothing else: isfile would call any failure "absent"
+                return False
 
     def list(self, prefix: str = "") -> list[str]:
         with self._translated(prefix):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.spec import EvaluationSpec
-from quantcore.errors import SourceError
+from quantcore.errors import ResourceError, SourceError
 from quantcore.moments import Moments, MomentTree
 from workers.blocks import BlockModel, Inputs, linears_of, run_block
 from workers.calibration import token_windows
@@ -63,8 +63,20 @@ class Worker:
         self._model = BlockModel(self._source, plan.torch_dtype, self._device)
         self._batches: list[_MicroBatch] = []
 
-    def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:  # noqa: PLR0911
-        """Do one task. `inputs` are the parts of earlier results that it was promised."""
+    def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
+        """Do one task. `inputs` are the parts of earlier results that it was promised.
+
+        Raises the error tree's errors; running out of memory, on the host or the device, is one
+        of them.
+        """
+        try:
+            return self._run(task, inputs)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ResourceError(
+                f"{self._device} ran out of memory in {type(task).__name__}: {error}"
+            ) from None
+
+    def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911
         match task:
             case Survey(names):
                 return Outcome({"hashes": self._survey(names)})
