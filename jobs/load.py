@@ -1,6 +1,7 @@
 """Read a job file and say where in it each fault stands."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,8 @@ def _fault(document: Document, item: Any) -> Fault:
         pass  # our own messages are whole: a store URL with credentials must not be shown again
     elif not isinstance(item["input"], dict | list):
         message = f"{message} (got {item['input']!r})"
+        if kind == "float_type" and re.fullmatch(r"\d+(\.\d*)?e[+-]?\d+", str(item["input"])):
+            message += ": YAML reads it as a word; write a point and a sign, as in 1.0e-2"
     return document.fault(location, message)
 
 

@@ -81,6 +81,8 @@ class Override(_Section):
             raise ValueError("skip: true leaves the layer as it is: drop skip or the other keys")
         if not self.skip and all(change is None for change in changes):
             raise ValueError("changes nothing: write skip: true, a scheme, a group_size, ...")
+        if self.scheme is not None:
+            resolve_scheme(self.scheme, self.group_size, self.symmetric is not False)
         return self
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from quantcore.errors import JobFaults, QuantfleetError, SpecError
+from quantcore.errors import JobFaults, QuantfleetError, StoreError
 
 app = typer.Typer(
     name="quantfleet",
@@ -82,7 +82,7 @@ def resume(
         store = open_store(job)
         began = stored_job(store)
         if began is None:
-            raise SpecError(f"{store.url} holds no job that was begun: see quantfleet list")
+            raise StoreError(f"{store.url} holds no job that was begun: see quantfleet list")
         spec, document = stored_spec(began, store.url)
         with _working("checking the job", as_json):
             prepared = prepare(spec, document, [])
@@ -152,7 +152,8 @@ def fetch(
         if as_json:
             _print_json({"folder": str(folder), "files": len(files), "bytes": total})
         else:
-            _out.print(f"{folder}: {len(files)} files, {total / 1e6:.1f} MB, all verified")
+            line = f"{folder}: {len(files)} files, {total / 1e6:.1f} MB, all verified"
+            _out.print(escape(line), highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -203,13 +204,15 @@ def _run(
         from orchestrator.ray_executor import RayExecutor
 
         wanted = prepared.spec.workers
-        return RayExecutor(
+        executor = RayExecutor(
             plan,
             count=prepared.workers,
             device=prepared.device,
             cpus=wanted.cpus or float(wanted.threads),
             memory=wanted.memory_bytes(),
         )
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray took it for itself
+        return executor
 
     log, path = start_log(prepared.spec.name, log_file, log_json)
     watcher = Watcher(_err, log, quiet=as_json or log_json)
@@ -229,11 +232,7 @@ def _run(
 @contextlib.contextmanager
 def _reported(as_json: bool = False) -> Iterator[None]:
     """Print an error of ours as one message and end with its exit code."""
-
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except JobFaults as error:
@@ -244,14 +243,18 @@ def _reported(as_json: bool = False) -> Iterator[None]:
             ]
             _print_json({"faults": faults})
         for line in error.lines():
-            _err.print(escape(line), highlight=False, soft_wrap=True)
+            _say(line)
         raise typer.Exit(error.exit_code) from None
     except QuantfleetError as error:
-        _err.print(f"error: {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        _err.print("interrupted", highlight=False)
+        _say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -265,10 +268,8 @@ def _waiting_note(store: Any) -> Iterator[None]:
         with contextlib.suppress(QuantfleetError):
             kept, total = kept_blocks(store)
             if total:
-                line = (
-                    f"{kept} of {total} blocks are kept; go on with: quantfleet resume {store.url}"
-                )
-                _err.print(escape(line), highlight=False, soft_wrap=True)
+                go_on = f"go on with: quantfleet resume {store.url}"
+                _say(f"{kept} of {total} blocks are kept; {go_on}")
         raise
 
 
@@ -293,12 +294,17 @@ def _byte_bar(total: int, quiet: bool) -> Iterator[Any]:
     )
 
     if quiet or not _err.is_terminal:
-        yield lambda name, size: None if quiet else _err.print(f"verified {name}", highlight=False)
+        yield lambda name, size: None if quiet else _say(f"verified {name}")
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("fetching"), *columns, console=_err) as bars:
         bar = bars.add_task("fetching", total=total)
         yield lambda name, size: bars.advance(bar, size)
+
+
+def _say(line: str) -> None:
+    """One line to standard error as it is: unwrapped, and brackets in names are no markup."""
+    _err.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -317,7 +323,7 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     table.add_row("blocks", f"{plan['blocks']} of {plan['model']}")
     table.add_row("workers", f"{plan['workers']} on {device['device']} ({device['name']})")
     table.add_row("memory", f"about {memory:.1f} GiB each")
-    table.add_row("store", plan["store"])
+    table.add_row("store", escape(plan["store"]))
     _out.print(table)
 
 
@@ -341,7 +347,7 @@ def _print_metrics(variants: dict[str, dict[str, dict[str, float]]]) -> None:
 def _print_report(result: Any, log: Path) -> None:
     report = result.report
     if result.already_finished:
-        _err.print("this job is finished already; its report says:", highlight=False)
+        _say("this job is finished already; its report says:")
     if report["evaluation"]:
         _print_metrics(report["evaluation"])
     for key, what in (("fallbacks", "rounded plainly"), ("raised_damping", "damped more")):

@@ -1,5 +1,6 @@
 """Download an artifact and believe nothing: every file against the manifest, none out of place."""
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -9,7 +10,7 @@ from typing import Any
 
 from quantcore.errors import SpecError, StoreError
 from workers.layout import MANIFEST, MODEL, hash_file
-from workers.store import Store, safe_name
+from workers.store import Store, missing_parents, safe_name
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def fetch(
     if len(set(places.values()) | {MANIFEST}) != len(places) + 1:
         raise StoreError(f"{store.url}/{MANIFEST} puts two files in one place: refused")
     partial = folder.absolute().parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    made = missing_parents(partial.parent)
     try:
         partial.mkdir(parents=True)
         for name, facts in manifest["files"].items():
@@ -69,6 +71,9 @@ def fetch(
         raise StoreError(f"cannot write to {folder}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in reversed(made):  # only those that stayed empty go
+            with contextlib.suppress(OSError):
+                parent.rmdir()
     return [folder / place for place in places.values()]
 
 

@@ -102,8 +102,13 @@ def chunk_ranges(plan: Plan, workers: int) -> list[tuple[int, int]]:
 
 
 def _block(plan: Plan, block: int, before: list[str]) -> list[Node]:
-    """Collect on every worker, solve wherever there is room, publish once."""
+    """Collect on every worker, solve wherever there is room, publish once.
+
+    A block that is skipped as a whole is only copied.
+    """
     groups = plan.blocks[block].groups
+    if not any(group.quantized() for group in groups):
+        return [Node(id=f"publish/{block}", task=Round(block))]
     collects = [
         Node(
             id=f"collect/{block}/{worker}",

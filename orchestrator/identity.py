@@ -57,8 +57,8 @@ def refuse_difference(store: Store, stored: Identity, current: Identity) -> None
 
     Only fields that both have are compared: the content may not be known yet.
     """
-    for field in stored.keys() & current.keys():
-        if stored[field] != current[field]:
+    for field in current:  # in the order of `identity`: what the user wrote comes first
+        if field in stored and stored[field] != current[field]:
             raise SpecError(
                 f"{field}: this job was begun at {store.url} with {_short(stored[field])}, and now "
                 f"it says {_short(current[field])}: put it back, or choose another name"
@@ -73,7 +73,9 @@ def stored_job(store: Store) -> dict[str, Any] | None:
         return None
     try:
         job: dict[str, Any] = json.loads(store.get(JOB))
-        if not isinstance(job["identity"], dict) or not isinstance(job["spec"], dict):
+        if not isinstance(job["identity"], dict) or not isinstance(job["blocks"], int):
+            raise TypeError
+        if not isinstance(job["spec"]["name"], str) or "scheme" not in job["spec"]["quantization"]:
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise StoreError(f"{store.url}/{JOB} is not a job record") from None

@@ -119,6 +119,7 @@ def _ray_on_loopback() -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # this is the job that the user waits for
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
 

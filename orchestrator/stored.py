@@ -21,10 +21,16 @@ from workers.variants import artifact
 
 
 def stored_spec(began: dict[str, Any], url: str) -> tuple[JobSpec, Document]:
+    """The spec a job was begun with, its output where the job now stands: stores are moved."""
     try:
         spec = JobSpec.model_validate_json(json.dumps(began["spec"]))
     except ValidationError as error:
-        raise StoreError(f"{url}/{JOB} was written by another version: {error}") from None
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise StoreError(f"{url}/{JOB} was written by another version ({what})") from None
+    parent, _, name = url.rpartition("/")
+    output = spec.output.model_copy(update={"store": parent or "/"})
+    spec = spec.model_copy(update={"name": name, "output": output})
     return spec, Document(Path(JOB), began["spec"], {})
 
 

@@ -1,9 +1,11 @@
 """Small random models with a real tokenizer, and job files over them."""
 
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -91,6 +93,12 @@ def _tokenizer() -> Any:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The threads of small products wait for each other far longer than they work."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`model_folder("llama")`: made once a session; not to be changed by a test."""
@@ -133,3 +141,35 @@ def job_file(
         return path
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def _logs_apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of an S3 (and IAM) server in a thread of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket as s3://NAME, and the environment that opens it."""
+    for key, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    name = f"bucket-{secrets.token_hex(4)}"
+    urlopen(Request(f"{s3_server}/{name}", method="PUT")).close()
+    return f"s3://{name}"

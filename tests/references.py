@@ -29,7 +29,8 @@ def correlated_inputs(tokens: int, width: int, seed: int, shared: int = 8) -> Te
     mixing = torch.randn(shared, width, generator=generator) / shared**0.5
     noise = torch.randn(tokens, width, generator=generator)
     activity_I = 0.5 + torch.rand(width, generator=generator) * 1.5
-    return (causes @ mixing + 0.6 * noise) * activity_I
+    x_TI: Tensor = (causes @ mixing + 0.6 * noise) * activity_I
+    return x_TI
 
 
 def second_moment(x_TI: Tensor) -> Float:

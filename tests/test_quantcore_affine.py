@@ -159,7 +159,7 @@ def test_zero_is_always_on_the_grid_and_one_sided_rows_use_all_of_it() -> None:
     qparams = choose_qparams(w_OI, scheme, stored=torch.float32)
     assert qparams.zero_OG.flatten().tolist() == [-8, 7]
     codes_OI = quantize(w_OI, qparams, scheme)
-    assert (codes_OI[0].max(), codes_OI[1].min()) == (7, -8)
+    assert (codes_OI[0].max().item(), codes_OI[1].min().item()) == (7, -8)
     assert (quantize(torch.zeros(2, 16), qparams, scheme) == qparams.zero_OG).all()
 
 
@@ -215,9 +215,7 @@ def reference_search(w_OI: Tensor, importance_I: Tensor, scheme: Scheme) -> Floa
     return least
 
 
-def weighted_error(
-    w_OI: Tensor, importance_I: Tensor, qparams: Qparams, scheme: Scheme
-) -> Float:
+def weighted_error(w_OI: Tensor, importance_I: Tensor, qparams: Qparams, scheme: Scheme) -> Float:
     back_OI = dequantize(quantize(w_OI, qparams, scheme), qparams, scheme)
     error_OI = (w_OI.double() - back_OI.double()).square() * importance_I.double()
     return error_OI.reshape(len(w_OI), scheme.groups_of(w_OI.shape[1]), -1).sum(-1).numpy()

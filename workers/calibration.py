@@ -27,7 +27,13 @@ def token_windows(spec: CalibrationSpec, tokenizer: Any) -> Tensor:
     rows = _rows(spec.jsonl, spec.field)
     if rows and isinstance(rows[0], list):
         return _given_ids(rows, spec, len(tokenizer))
-    text = "\n\n".join(str(row) for row in rows)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, str):
+            raise SpecError(
+                f"calibration.field: '{spec.field}' of row {number} of {spec.jsonl} is not a text: "
+                "name a field that holds texts, or token ids in every row"
+            )
+    text = "\n\n".join(rows)
     return _cut(_encode(tokenizer, text[: spec.max_characters]), spec, "jsonl")
 
 
@@ -60,7 +66,7 @@ def _given_ids(rows: list[Any], spec: CalibrationSpec, vocabulary: int) -> Tenso
                 f"calibration.length: row {number} of {spec.jsonl} has fewer than "
                 f"{spec.length} token ids"
             )
-        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in row):
+        if not all(type(token) is int and 0 <= token < vocabulary for token in row):
             raise SpecError(f"calibration.jsonl: row {number} has ids outside the vocabulary")
     return torch.tensor([row[: spec.length] for row in rows[: spec.sequences]])
 
@@ -80,7 +86,7 @@ def _read(path: Path) -> str:
 
 def _rows(path: Path, field: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

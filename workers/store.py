@@ -11,7 +11,8 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Protocol
+from urllib.parse import urlsplit
 
 from quantcore.errors import StoreError
 
@@ -148,7 +149,7 @@ class LocalStore:
     def _new_file(self, name: str) -> Iterator[Path]:
         path = self._path(name)
         temporary = path.parent / f".new-{secrets.token_hex(8)}"
-        with self._translated(name):
+        with self._translated(name, "; name a folder that can be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield temporary
@@ -156,11 +157,12 @@ class LocalStore:
                 temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _translated(self, name: str) -> Iterator[None]:
+    def _translated(self, name: str, instead: str = "") -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StoreError(f"{self.url}: cannot access '{name}': {error.strerror}") from None
+            why = f"{error.strerror or error}{instead}"
+            raise StoreError(f"{self.url}: cannot access '{name}': {why}") from None
 
 
 class S3Store:
@@ -168,12 +170,18 @@ class S3Store:
 
     def __init__(self, url: str) -> None:
         import s3fs
+        from aiobotocore.session import AioSession
+        from botocore.handlers import add_expect_header
 
         self.url = url.rstrip("/")
         self._root = self.url.removeprefix("s3://")
         # path-style addressing: custom endpoints rarely have a host name per bucket
         style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
+        session = AioSession()
+        # aiohttp waits without limit for the "100 Continue" that this handler asks for
+        session.unregister("before-call.s3", add_expect_header)
         self._fs = s3fs.S3FileSystem(
+            session=session,
             config_kwargs={
                 "s3": {"addressing_style": style},
                 "retries": {"mode": "standard", "total_max_attempts": 3},
@@ -186,15 +194,15 @@ class S3Store:
         self._fs.retries = 2  # around botocore's own: an endpoint that hangs is given up in 90 s
 
     def put(self, name: str, data: bytes) -> None:
-        with self._translated(name):
+        with self._translated(name, write=True):
             self._fs.pipe_file(self._path(name), data)
 
     def put_file(self, name: str, local: Path) -> None:
-        with self._translated(name):
+        with self._translated(name, write=True):
             self._fs.put_file(str(local), self._path(name))
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        with self._translated(name):
+        with self._translated(name, write=True):
             try:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
@@ -238,27 +246,46 @@ class S3Store:
         return f"{self._root}/{safe_name(name)}"
 
     @contextlib.contextmanager
-    def _translated(self, name: str) -> Iterator[None]:
+    def _translated(self, name: str, write: bool = False) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield
         except FileExistsError:
             raise
-        except (OSError, BotoCoreError, ClientError) as error:
-            raise StoreError(f"{self.url}: cannot access '{name}': {_why(error)}") from None
+        except FileNotFoundError as error:
+            bucket = self._root.split("/")[0]
+            why = f"there is no bucket '{bucket}': create it, or name another"
+            raise self._error(name, why if write else _why(error)) from None
+        except (OSError, ValueError, BotoCoreError, ClientError) as error:
+            raise self._error(name, _why(error)) from None
+
+    def _error(self, name: str, why: str) -> StoreError:
+        return StoreError(f"{self.url}: cannot access '{name}': {why}")
 
 
 def _why(error: Exception) -> str:
-    """What S3 said, without its request ids; never a credential (botocore prints none)."""
+    """What S3 said, in one line and without its request ids; botocore prints no secret key."""
+    from botocore.exceptions import ConnectionError as Unreachable
+    from botocore.exceptions import (
+        HTTPClientError,
+        NoCredentialsError,
+        ParamValidationError,
+        SSLError,
+    )
+
     if isinstance(error, FileNotFoundError):
         return "the bucket or the file is not there"
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError | NoCredentialsError):
         return f"access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({error})"
-    text: Any = str(error) or type(error).__name__
-    if "credentials" in text.lower():
-        return f"{text}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    return str(text)
+    if isinstance(error, Unreachable | HTTPClientError) and not isinstance(error, SSLError):
+        where = urlsplit(error.kwargs.get("endpoint_url", "")).netloc.rpartition("@")[2]
+        return f"no answer from {where or 'the endpoint'}: check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, ParamValidationError):
+        return "S3 allows no such name: check the bucket's"
+    if "Invalid endpoint" in str(error):
+        return "AWS_ENDPOINT_URL is no URL: write http://host:port"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _write_through(path: Path, data: bytes) -> None:

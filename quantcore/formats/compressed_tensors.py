@@ -75,9 +75,10 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     shape = torch.Size(tensors["weight_shape"].tolist())
     codes_OI = unpack_from_int32(tensors["weight_packed"], scheme.bits, shape)
     if not scheme.symmetric:
-        zero_OG = unpack_from_int32(
-            tensors["weight_zero_point"], scheme.bits, scale_OG.shape, packed_dim=0
-        )
+        # The library (0.20) cannot unpack along dim 0 what fills a single row of words, as the
+        # zero points of 8 rows do: its transpose keeps strides that it cannot view as bytes.
+        packed_GO = tensors["weight_zero_point"].t().clone(memory_format=torch.contiguous_format)
+        zero_OG = unpack_from_int32(packed_GO, scheme.bits, scale_OG.t().shape).t()
     return dequantize(codes_OI, Qparams(scale_OG, zero_OG), scheme)
 
 

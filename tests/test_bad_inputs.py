@@ -1,0 +1,362 @@
+"""Every bad job, model and store ends with one clear line, its exit code, and nothing written."""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.command import Outcome, quantfleet, quantfleet_process, snapshot
+from workers.store import open_store
+
+JobFile = Callable[..., Path]
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_GPTQ = {"scheme": "int4", "group_size": 32, "method": "gptq"}
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Run a command that must be refused; its message, which is all that it leaves behind."""
+
+    def run(
+        code: int, *args: str | Path, command: Callable[..., Outcome] = quantfleet, lines: int = 1
+    ) -> str:
+        before = snapshot(tmp_path)
+        outcome = command(*args)
+        assert (outcome.code, outcome.out) == (code, ""), outcome
+        assert len(outcome.err.splitlines()) == lines, outcome.err
+        assert "Traceback" not in outcome.err
+        assert snapshot(tmp_path) == before
+        return outcome.err.strip()
+
+    return run
+
+
+Refused = Callable[..., str]
+
+_JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "unknown key": (
+        {"modle": {"path": "x"}},
+        2,
+        r"\.yaml:\d+:1: modle: unknown key: write one of name, model, quantization, ",
+    ),
+    "unknown key in a section": (
+        {"quantization": {**_GPTQ, "groupsize": 32}},
+        2,
+        r"\.yaml:\d+:3: quantization.groupsize: unknown key: write one of scheme, group_size, ",
+    ),
+    "wrong type": (
+        {"workers": {"count": "two"}},
+        2,
+        r"\.yaml:\d+:3: workers.count: Input should be a valid integer \(got 'two'\)",
+    ),
+    "unknown scheme": (
+        {"quantization": {"scheme": "int5"}},
+        2,
+        r"quantization.scheme: unknown scheme 'int5': write one of int4, int8, ",
+    ),
+    "group size that does not divide": (
+        {"quantization": {**_GPTQ, "group_size": 48}},
+        2,
+        r"quantization.group_size: groups of 48 do not divide the 64 inputs of 'model.layers.0"
+        r".self_attn.q_proj': write one of 32, 64, or channel$",
+    ),
+    "missing model": ({"model": {"path": "nope"}}, 3, r"model.path: there is no /.*/nope: name a"),
+    "text too short": (
+        {"calibration": {"text": "short.txt", "sequences": 64, "length": 64}},
+        2,
+        r"calibration.text: 64 sequences of 64 tokens need 4096 tokens, and the text has \d\d: "
+        r"give a longer text$",
+    ),
+    "fewer sequences would do": (
+        {"calibration": {"text": "short.txt", "sequences": 64, "length": 4}},
+        2,
+        r"calibration.text: .* the text has \d\d: write sequences: \d+, or a shorter length$",
+    ),
+    "missing text": (
+        {"calibration": {"text": "nope.txt"}},
+        3,
+        r"calibration.text: there is no file /.*/nope.txt$",
+    ),
+    "float16 on the CPU": (
+        {"compute_dtype": "float16"},
+        2,
+        r"compute_dtype: float16 is not for the CPU .*: write float32 or bfloat16$",
+    ),
+    "override that splits q/k/v": (
+        {"quantization": {**_GPTQ, "overrides": [{"match": "*.q_proj", "skip": True}]}},
+        2,
+        r"quantization.overrides.0.match: splits q_proj/k_proj/v_proj of .*: match all of them or",
+    ),
+    "store below a file": (
+        {"output": {"store": "short.txt/store"}},
+        3,
+        r"output.store: /.*/short.txt/store: cannot access .*: name a folder that can be written$",
+    ),
+    "store where nothing can be": (
+        {"output": {"store": "/proc/store"}},
+        3,
+        r"output.store: /proc/store: cannot access .*: name a folder that can be written$",
+    ),
+    "store of an unknown kind": (
+        {"output": {"store": "gs://bucket/x"}},
+        2,
+        r"output.store: cannot store to 'gs://': write a folder or s3://bucket/path",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _short_text(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the whale, the sea and the ships " * 3)
+
+
+@pytest.mark.parametrize("case", _JOBS)
+def test_a_bad_job_is_refused(case: str, job_file: JobFile, refused: Refused) -> None:
+    sections, code, message = _JOBS[case]
+    assert re.search(message, refused(code, "run", job_file(**sections)))
+
+
+@pytest.mark.parametrize("case", ["unknown key", "missing model", "store below a file"])
+def test_a_process_of_its_own_says_the_same(case: str, job_file: JobFile, refused: Refused) -> None:
+    sections, code, message = _JOBS[case]
+    job = job_file(**sections)
+    assert re.search(message, refused(code, "run", job, command=quantfleet_process))
+
+
+def test_check_reports_every_fault_at_its_place(job_file: JobFile, refused: Refused) -> None:
+    job = job_file()
+    job.write_text(
+        "model:\n"
+        f"  path: {_model_of(job)}\n"
+        "modle: 1\n"
+        "compute_dtype: float16\n"
+        "quantization:\n"
+        "  scheme: int4\n"
+        "  group_size: 48\n"
+        "  overrides:\n"
+        "  - skip: true\n"
+        "    match: '*.q_proj'\n"
+        "  - match: nothing\n"
+        "    skip: true\n"
+        "calibration: {text: nope.txt}\n"
+        "output: {store: short.txt/x}\n"
+    )
+    faults = {
+        (3, 1, "modle"),
+        (4, 1, "compute_dtype"),
+        (7, 3, "quantization.group_size"),
+        (10, 5, "quantization.overrides.0.match"),
+        (11, 5, "quantization.overrides.1.match"),
+        (13, 15, "calibration.text"),
+        (14, 10, "output.store"),
+    }
+    lines = refused(2, "check", job, lines=len(faults)).splitlines()
+    found = [re.fullmatch(rf"{job}:(\d+):(\d+): ([\w.]+): .+", line) for line in lines]
+    assert {(int(m[1]), int(m[2]), m[3]) for m in found if m} == faults
+    as_json = json.loads(quantfleet("check", "--json", job).out)["faults"]
+    assert {(fault["line"], fault["column"], fault["field"]) for fault in as_json} == faults
+
+
+def _model_of(job: Path) -> str:
+    import yaml
+
+    path: str = yaml.safe_load(job.read_text())["model"]["path"]
+    return path
+
+
+def _truncated(model: Path) -> None:
+    data = (model / _WEIGHTS).read_bytes()
+    (model / _WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def _relabelled(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """The same tensors behind a header in which one entry tells lies."""
+
+    def edit(model: Path) -> None:
+        data = (model / _WEIGHTS).read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        change(header["model.norm.weight"])
+        text = json.dumps(header).encode()
+        (model / _WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return edit
+
+
+def _indexed(file: str) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        weight_map = dict.fromkeys(load_file(model / _WEIGHTS), _WEIGHTS)
+        weight_map["model.norm.weight"] = file
+        (model / _INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+    return edit
+
+
+def _without_a_tensor(model: Path) -> None:
+    tensors = load_file(model / _WEIGHTS)
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        config = json.loads((model / _CONFIG).read_text())
+        (model / _CONFIG).write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def _header_of_zeros(model: Path) -> None:
+    (model / _WEIGHTS).write_bytes(b"\xff" * 8 + b"{}")
+
+
+_WHOLE = "is not a whole safetensors file: .* Fetch it again"
+_MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (_truncated, _WHOLE),
+    "empty": (lambda model: (model / _WEIGHTS).write_bytes(b"") and None, _WHOLE),
+    "header longer than the file": (_header_of_zeros, _WHOLE),
+    "offsets beyond the file": (_relabelled(lambda e: e["data_offsets"].append(0)), _WHOLE),
+    "offsets past the end": (
+        _relabelled(lambda e: e.update(data_offsets=[e["data_offsets"][0], 1 << 60])),
+        _WHOLE,
+    ),
+    "shape that is not its size": (_relabelled(lambda e: e.update(shape=[6400])), _WHOLE),
+    "shape beyond all memory": (_relabelled(lambda e: e.update(shape=[1 << 62] * 2)), _WHOLE),
+    "unknown dtype": (_relabelled(lambda e: e.update(dtype="F7")), _WHOLE),
+    "index that names a missing file": (_indexed("nope.safetensors"), "names nope.safetensors, "),
+    "index that leaves its folder": (_indexed("../x.safetensors"), "names a file outside its fol"),
+    "index that names /": (_indexed("/x.safetensors"), "names a file outside its folder: '/x"),
+    "index that is none": (
+        lambda model: (model / _INDEX).write_text('{"weight_map": [1]}') and None,
+        "is not a safetensors index",
+    ),
+    "tensor that is not there": (_without_a_tensor, "the checkpoint lacks 'model.norm.weight'"),
+    "config of another shape": (
+        _config(intermediate_size=96),
+        "has shape .* in the checkpoint, but .* by its config",
+    ),
+    "config that is no JSON": (
+        lambda model: (model / _CONFIG).write_text("{") and None,
+        "config.json does not load: ",
+    ),
+    "no config": (lambda model: (model / _CONFIG).unlink(), "has no config.json"),
+    "quantized already": (
+        _config(quantization_config={"quant_method": "awq"}),
+        r"the model is quantized already \(awq\): name the model it was made from",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _MODELS)
+def test_a_bad_model_is_refused(
+    case: str,
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    job_file: JobFile,
+    refused: Refused,
+) -> None:
+    edit, message = _MODELS[case]
+    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    edit(model)
+    said = refused(3, "run", job_file(model={"path": "model"}))
+    assert re.search(rf"\.yaml:\d+:3: model.path: .*{message}", said)
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("mixtral", 3, r"model.path: 'mixtral' is a mixture of experts \(\w+: 4\), which is not h"),
+        ("gpt2", 2, r"quantization.scheme: .* no Conv1D layers: .*'transformer.h.0.attn.c_attn'"),
+    ],
+)
+def test_an_architecture_that_is_not_handled_is_named(
+    model: str,
+    code: int,
+    message: str,
+    model_folder: Callable[..., Path],
+    job_file: JobFile,
+    refused: Refused,
+) -> None:
+    job = job_file(model={"path": str(model_folder(model))})
+    assert re.search(message, refused(code, "run", job))
+
+
+def test_a_weight_that_is_no_number_is_found_before_anything_is_written(
+    tmp_path: Path, model_folder: Callable[..., Path], job_file: JobFile, refused: Refused
+) -> None:
+    model = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    tensors = load_file(model / _WEIGHTS)
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / _WEIGHTS, metadata={"format": "pt"})
+    job = job_file(model={"path": "model"})
+    said = refused(3, "run", "--in-process", "--json", job)
+    assert "'model.layers.2.mlp.down_proj.weight'" in said
+    assert "has 1 values that are not finite" in said
+
+
+def test_a_missing_bucket_is_named(bucket: str, job_file: JobFile, refused: Refused) -> None:
+    job = job_file(output={"store": "s3://no-such-bucket/x"})
+    assert "no bucket 'no-such-bucket': create it, or name another" in refused(3, "run", job)
+
+
+def test_an_endpoint_that_is_not_there_is_named(
+    bucket: str, job_file: JobFile, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    job = job_file(output={"store": f"{bucket}/x"})
+    message = "no answer from 127.0.0.1:1: check AWS_ENDPOINT_URL"
+    assert message in refused(3, "run", job, command=quantfleet_process)
+    for args in (["status"], ["resume"], ["list"], ["fetch", job.parent / "out"]):
+        assert message in refused(3, args[0], f"{bucket}/x", *args[1:])
+
+
+@pytest.fixture
+def guarded(bucket: str, s3_server: str) -> Iterator[tuple[str, str]]:
+    """A key and its secret; as long as this lives the server checks every request for one."""
+    import boto3
+
+    iam = boto3.client("iam")
+    iam.create_user(UserName="user")
+    everything = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [everything]})
+    iam.put_user_policy(UserName="user", PolicyName="all", PolicyDocument=policy)
+    key = iam.create_access_key(UserName="user")["AccessKey"]
+    _requests_without_keys(s3_server, "0")
+    yield key["AccessKeyId"], key["SecretAccessKey"]
+    _requests_without_keys(s3_server, "inf")
+
+
+def _requests_without_keys(s3_server: str, number: str) -> None:
+    request = Request(f"{s3_server}/moto-api/reset-auth", data=number.encode(), method="POST")
+    urlopen(request).close()
+
+
+def test_wrong_credentials_are_told_from_right_ones(
+    guarded: tuple[str, str],
+    bucket: str,
+    job_file: JobFile,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key, secret = guarded
+    job = job_file(output={"store": f"{bucket}/x"})
+    wrong = "not-the-secret"
+    for pair in ((key, wrong), ("AKIAWRONG", secret)):
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", pair[0])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", pair[1])
+        for args in (["run", job], ["status", f"{bucket}/x/job"], ["list", f"{bucket}/x"]):
+            said = refused(3, *args, command=quantfleet_process if args[0] == "run" else quantfleet)
+            assert "access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
+            assert wrong not in said
+            assert secret not in said
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+    assert quantfleet("check", job).code == 0
+    assert open_store(bucket).list() == []

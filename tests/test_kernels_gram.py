@@ -1,0 +1,113 @@
+"""X^T X against float64, at odd shapes, over strides and over poisoned memory.
+
+Only the lower triangle of the result is promised, and only it is compared.
+"""
+
+import pytest
+import torch
+from quantkernels.gram import gram
+from torch import Tensor
+
+NAN = float("nan")
+WIDTHS = [1, 2, 511, 512, 513, 700, 1100]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(tokens: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def strict_upper(width: int) -> Tensor:
+    return torch.ones(width, width, dtype=torch.bool).triu(1)
+
+
+def assert_lower_is(out_II: Tensor, x_TI: Tensor, start_II: Tensor | None = None) -> None:
+    """Within 1e-5 of the sum of the products' sizes, the scale on which float32 sums round."""
+    x_TI = x_TI.double()
+    expected_II = x_TI.t() @ x_TI
+    size_II = x_TI.abs().t() @ x_TI.abs()
+    if start_II is not None:
+        expected_II = expected_II + start_II.double()
+        size_II = size_II + start_II.double().abs()
+    error_II = ((out_II.double() - expected_II).abs() - 1e-5 * size_II).tril()
+    assert (error_II <= 0).all()  # NaN is not <= 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_lower_triangle_is_the_product(width: int, dtype: torch.dtype) -> None:
+    x_TI = inputs(37, width, dtype)
+    out_II = torch.zeros(width, width)
+    assert gram(x_TI, out_II) is out_II
+    assert_lower_is(out_II, x_TI)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_adds_to_what_is_there(width: int) -> None:
+    x_TI, start_II = inputs(9, width), inputs(width, width, seed=1)
+    out_II = gram(x_TI, start_II.clone())
+    assert_lower_is(out_II, x_TI, start_II)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_poison_above_the_diagonal_stays_there(width: int) -> None:
+    x_TI = inputs(5, width)
+    out_II = torch.zeros(width, width)
+    out_II[strict_upper(width)] = NAN
+    gram(x_TI, out_II)
+    assert out_II.tril().isfinite().all()
+    assert_lower_is(out_II, x_TI)
+
+
+@pytest.mark.parametrize("width", [1, 513])
+def test_no_tokens_add_nothing(width: int) -> None:
+    start_II = inputs(width, width, seed=2)
+    assert torch.equal(gram(torch.empty(0, width), start_II.clone()), start_II)
+
+
+@pytest.mark.parametrize("width", [1, 511, 513])
+def test_one_token(width: int) -> None:
+    x_TI = inputs(1, width)
+    assert_lower_is(gram(x_TI, torch.zeros(width, width)), x_TI)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype: torch.dtype) -> None:
+    wide_TI = inputs(60, 1400, dtype)
+    transposed_TI = inputs(700, 60, dtype).t()
+    for x_TI in (wide_TI[:, ::2], wide_TI[::3, 100:613], transposed_TI):
+        assert not x_TI.is_contiguous()
+        width = x_TI.shape[1]
+        assert_lower_is(gram(x_TI, torch.zeros(width, width)), x_TI)
+
+
+def test_one_row_for_all_tokens() -> None:
+    x_TI = inputs(1, 513).expand(20, 513)
+    assert_lower_is(gram(x_TI, torch.zeros(513, 513)), x_TI)
+
+
+def test_the_result_may_be_a_part_of_something_larger() -> None:
+    x_TI = inputs(8, 600)
+    outer_II = torch.full((602, 700), NAN)
+    inner_II = outer_II[1:601, 50:650]
+    inner_II.zero_()
+    gram(x_TI, inner_II)
+    assert_lower_is(inner_II, x_TI)
+    assert outer_II[0].isnan().all()
+    assert outer_II[:, 650:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_narrow_inputs_are_exact(dtype: torch.dtype) -> None:
+    """One token: nothing is summed, so each entry is one product, rounded to float32 at most."""
+    x_TI = inputs(1, 40, dtype) * 3
+    out_II = gram(x_TI, torch.zeros(40, 40)).tril()
+    exact_II = (x_TI.double().t() @ x_TI.double()).tril()
+    assert torch.equal(out_II, exact_II.float())
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    x_TI = inputs(6, 30)
+    kept_TI = x_TI.clone()
+    gram(x_TI, torch.zeros(30, 30))
+    assert torch.equal(x_TI, kept_TI)
