@@ -98,12 +98,12 @@ _JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
     "store below a file": (
         {"output": {"store": "short.txt/store"}},
         3,
-        r"output.store: /.*/short.txt/store: cannot access .*: name a folder that can be written$",
+        r"output.store: /.*/short.txt/store: cannot access .*; name a folder that can be written$",
     ),
     "store where nothing can be": (
         {"output": {"store": "/proc/store"}},
         3,
-        r"output.store: /proc/store: cannot access .*: name a folder that can be written$",
+        r"output.store: /proc/store: cannot access .*; name a folder that can be written$",
     ),
     "store of an unknown kind": (
         {"output": {"store": "gs://bucket/x"}},
@@ -335,8 +335,8 @@ def guarded(bucket: str, s3_server: str) -> Iterator[tuple[str, str]]:
 
 
 def _requests_without_keys(s3_server: str, number: str) -> None:
-    request = Request(f"{s3_server}/moto-api/reset-auth", data=number.encode(), method="POST")
-    urlopen(request).close()
+    url, plain = f"{s3_server}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+    urlopen(Request(url, data=number.encode(), headers=plain, method="POST")).close()
 
 
 def test_wrong_credentials_are_told_from_right_ones(
@@ -353,7 +353,7 @@ def test_wrong_credentials_are_told_from_right_ones(
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", pair[0])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", pair[1])
         for args in (["run", job], ["status", f"{bucket}/x/job"], ["list", f"{bucket}/x"]):
-            said = refused(3, *args, command=quantfleet_process if args[0] == "run" else quantfleet)
+            said = refused(3, *args)
             assert "access denied; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
             assert wrong not in said
             assert secret not in said

@@ -86,8 +86,8 @@ def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, 
     """One config group per scheme.
 
     A single scheme targets the class Linear and lists what it skips, the form that every engine
-    knows best. Several name their linears one by one: engines match class names before they look
-    through fused names, so a class target beside named ones would win where it should not.
+    knows best. Several name their linears one by one, so that no engine has to choose between a
+    class and a name.
     """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
