@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from quantcore.errors import JobFaults, QuantfleetError, StoreError
+from quantcore.errors import JobFaults, QuantfleetError, SpecError, StoreError
 
 app = typer.Typer(
     name="quantfleet",
@@ -264,6 +264,8 @@ def _waiting_note(store: Any) -> Iterator[None]:
 
     try:
         yield
+    except SpecError:  # the store holds a job that this one is not: going on with it is no advice
+        raise
     except (QuantfleetError, KeyboardInterrupt):
         with contextlib.suppress(QuantfleetError):
             kept, total = kept_blocks(store)
