@@ -18,7 +18,12 @@ _JOB: dict[str, Any] = {
     "calibration": {"sequences": 8, "length": 32},
     "workers": {"count": 1},
 }
-_FILES = {"model/config.json": b"{}", "model/sub/x.bin": b"weights", "report/report.json": b"{}"}
+_FILES = {
+    "model/config.json": b"{}",
+    "model/[/red].txt": b"markup, to some",
+    "model/sub/x.bin": b"weights",
+    "report/report.json": b"{}",
+}
 
 
 def _manifest(files: dict[str, bytes]) -> dict[str, Any]:
@@ -43,13 +48,16 @@ def store(tmp_path: Path) -> Path:
     return root
 
 
-def _refused(folder: Path, code: int, *args: str | Path) -> str:
-    """Run a command that must be refused in one line and change nothing below the folder."""
+def _refused(folder: Path, code: int, *args: str | Path, verified: int = 0) -> str:
+    """Run a command that must be refused in one line and change nothing below the folder.
+
+    Before that it may say of so many files that they are verified.
+    """
     before = snapshot(folder)
     outcome = quantfleet(*args)
     assert (outcome.code, outcome.out) == (code, ""), outcome
-    *verified, message = outcome.err.splitlines()
-    assert all(line.startswith("verified ") for line in verified), outcome.err
+    *before_that, message = outcome.err.splitlines()
+    assert [line.split()[0] for line in before_that] == ["verified"] * verified, outcome.err
     assert snapshot(folder) == before
     return message
 
@@ -59,7 +67,8 @@ def test_fetch_takes_what_the_manifest_names_and_nothing_else(store: Path, tmp_p
     out = tmp_path / "new" / "out[a]"
     outcome = quantfleet("fetch", store, out)
     assert outcome.code == 0
-    assert outcome.out == f"{out}: 3 files, 0.0 MB, all verified\n"
+    assert outcome.out == f"{out}: 4 files, 0.0 MB, all verified\n"
+    assert outcome.err.splitlines() == [f"verified {name}" for name in _FILES]
     manifest = (store / "manifest.json").read_bytes()
     files = {name.removeprefix("model/"): data for name, data in _FILES.items()}
     fetched = {name: data for name, data in snapshot(out).items() if data is not None}
@@ -71,13 +80,13 @@ def test_a_file_that_does_not_match_its_hash_is_refused(
     store: Path, tmp_path: Path, change: bytes
 ) -> None:
     (store / "model" / "sub" / "x.bin").write_bytes(change)
-    said = _refused(tmp_path, 3, "fetch", store, tmp_path / "new" / "out")
+    said = _refused(tmp_path, 3, "fetch", store, tmp_path / "new" / "out", verified=2)
     assert "model/sub/x.bin does not match its hash in the manifest" in said
 
 
 def test_a_file_that_is_gone_is_refused(store: Path, tmp_path: Path) -> None:
     (store / "model" / "sub" / "x.bin").unlink()
-    said = _refused(tmp_path, 3, "fetch", store, tmp_path / "new" / "out")
+    said = _refused(tmp_path, 3, "fetch", store, tmp_path / "new" / "out", verified=2)
     assert "cannot access 'model/sub/x.bin'" in said
 
 
@@ -122,7 +131,8 @@ def test_two_files_for_one_place_are_refused(store: Path, tmp_path: Path, name: 
 def test_a_file_that_is_also_a_folder_is_refused(store: Path, tmp_path: Path) -> None:
     (store / "sub").write_bytes(b"x")
     (store / "manifest.json").write_text(json.dumps(_manifest({"sub": b"x", **_FILES})))
-    assert "cannot write to " in _refused(tmp_path, 3, "fetch", store, tmp_path / "out")
+    said = _refused(tmp_path, 3, "fetch", store, tmp_path / "out", verified=3)
+    assert "cannot write to " in said
 
 
 @pytest.mark.parametrize(

@@ -314,8 +314,8 @@ def test_an_endpoint_that_is_not_there_is_named(
     job = job_file(output={"store": f"{bucket}/x"})
     message = "no answer from 127.0.0.1:1: check AWS_ENDPOINT_URL"
     assert message in refused(3, "run", job, command=quantfleet_process)
-    for args in (["status"], ["resume"], ["list"], ["fetch", job.parent / "out"]):
-        assert message in refused(3, args[0], f"{bucket}/x", *args[1:])
+    assert message in refused(3, "status", f"{bucket}/x")
+    assert message in refused(3, "fetch", f"{bucket}/x", job.parent / "out")
 
 
 @pytest.fixture
