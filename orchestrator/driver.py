@@ -105,7 +105,7 @@ def _run(
         return summaries
 
     sizes = {name: info.num_bytes for name, info in prepared.source.tensors.items()}
-    surveyed = work("survey", survey_graph(plan, sizes, executor.workers))
+    surveyed = work("survey", survey_graph(sizes, executor.workers))
     hashes = {name: h for part in surveyed.values() for name, h in part["hashes"].items()}
     begin(store, prepared, with_content(known, hashes))
 

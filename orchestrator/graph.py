@@ -40,7 +40,7 @@ class Node:
     cost: float = 0.0  # among tasks that anyone could do, the dearest goes first
 
 
-def survey_graph(plan: Plan, tensors: dict[str, int], workers: int) -> list[Node]:
+def survey_graph(tensors: dict[str, int], workers: int) -> list[Node]:
     """Read every tensor once, spread over the workers by bytes in runs of neighbours."""
     share = sum(tensors.values()) / max(workers * 4, 1)
     runs: list[list[str]] = [[]]

@@ -29,7 +29,7 @@ def identity(prepared: Prepared) -> Identity:
     calibration = spec.calibration
     return {
         **_flat("quantization", quantization),
-        "model (tensors)": _digest(to_json_tensors(prepared)),
+        "model (tensors)": _digest(_tensor_facts(prepared)),
         "model.dtype": spec.model.dtype if spec.model.path.suffix == ".gguf" else None,
         "compute_dtype": spec.compute_dtype,
         "calibration.sequences": calibration.sequences if calibration else None,
@@ -47,7 +47,7 @@ def with_content(known: Identity, hashes: Mapping[str, str]) -> Identity:
     return {**known, "model (content)": _digest(sorted(hashes.items()))}
 
 
-def to_json_tensors(prepared: Prepared) -> list[list[Any]]:
+def _tensor_facts(prepared: Prepared) -> list[list[Any]]:
     tensors = prepared.source.tensors
     return [[n, str(tensors[n].dtype), list(tensors[n].shape)] for n in sorted(tensors)]
 

@@ -195,7 +195,7 @@ def test_plain_rounding_needs_no_sequences(workers: int, done: set[str]) -> None
     st.integers(1, 8),
 )
 def test_the_survey_reads_every_tensor_once(tensors: dict[str, int], workers: int) -> None:
-    runs = [task.names for _, task in of_kind(survey_graph(PLAN, tensors, workers), Survey)]
+    runs = [task.names for _, task in of_kind(survey_graph(tensors, workers), Survey)]
     assert [name for run in runs for name in run] == list(tensors)
     assert len(runs) <= 4 * workers + 1
     assert all(runs) or not tensors
