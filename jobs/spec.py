@@ -34,7 +34,8 @@ def _store(text: str) -> str:
     scheme = text.partition(":")[0] if parts.scheme else ""  # as written: S3:// is not s3://
     if scheme not in {"", "file", "s3"}:
         raise ValueError(f"cannot store to '{scheme}://': write a folder or s3://bucket/path")
-    if parts.scheme == "s3" and (parts.username or parts.password):
+    bucket = parts.netloc  # a secret with a slash in it ends up here, after AKIA...:
+    if parts.scheme == "s3" and ("@" in bucket or (":" in bucket and bucket[:4] != "arn:")):
         raise ValueError(
             "keep credentials out of the job file: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
@@ -140,6 +141,7 @@ class CalibrationSpec(_Section):
     length: Annotated[int, Field(gt=1)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
     max_characters: Annotated[int, Field(gt=0)] = 4_000_000  # of the text that is read at all
+    shards: Annotated[int, Field(gt=0)] = 1  # runs of blocks calibrated at once; 1 is the paper's
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -167,6 +169,7 @@ class WorkersSpec(_Section):
 class OutputSpec(_Section):
     store: StoreUrl  # a folder (relative to the job file) or s3://bucket/path
     format: Literal["compressed-tensors"] = "compressed-tensors"
+    conditional_writes: bool = True  # false: for a store that has none; one driver at a time
 
 
 class EvaluationSpec(_Section):

@@ -1,29 +1,30 @@
 """Everything about a job that can be refused before any work starts, refused together."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import JobSpec
 from orchestrator.admission import worker_bytes
+from orchestrator.machines import choose, unshared, worker_count
 from orchestrator.planning import make_plan, plan_layers
-from quantcore.errors import Fault, JobFaults, QuantfleetError, ResourceError, SourceError
+from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
 from workers.evaluate import unknown_tasks
-from workers.kind import device_count, hardware_kind, pick_device
+from workers.machine import Machine, look
 from workers.plan import Plan
 from workers.sources import ModelSource, open_source
-from workers.store import open_store, probe
+from workers.store import LocalStore, missing_parents, open_store, probe
 
 T = TypeVar("T")
-_MAX_DEFAULT_WORKERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,53 +70,115 @@ class _Findings:
             return None
 
 
-def check(path: Path, *, touch_store: bool = True) -> Prepared:
-    """Read a job file and look at all it names. Raises JobFaults with every fault found."""
+Look = Callable[[Sequence[str]], Sequence[Machine]]  # all machines, and what they see of paths
+
+
+def look_here(paths: Sequence[str]) -> Sequence[Machine]:
+    return [look(paths)]
+
+
+def check(path: Path, *, touch_store: bool = True, look_at: Look = look_here) -> Prepared:
+    """Read a job file and look at all it names. Raises JobFaults with every fault found.
+
+    `look_at` says what machines there are: by default, this one.
+    """
     document = read_document(path)
     spec, faults = validate(document)
     if spec is None:
         raise JobFaults(str(path), faults)
     spec = resolve_paths(spec, path.absolute().parent)
-    return prepare(spec, document, faults, touch_store=touch_store)
+    return prepare(spec, document, faults, touch_store=touch_store, look_at=look_at)
 
 
 def prepare(
-    spec: JobSpec, document: Document, faults: list[Fault], *, touch_store: bool = True
+    spec: JobSpec,
+    document: Document,
+    faults: list[Fault],
+    *,
+    touch_store: bool = True,
+    look_at: Look = look_here,
 ) -> Prepared:
     findings = _Findings(document, faults)
     source = findings.attempt(
         "model.path", lambda: open_source(spec.model.path, getattr(torch, spec.model.dtype))
     )
     architecture = findings.attempt("model.path", lambda: inspect(source)) if source else None
-    device = findings.attempt("workers.kind", lambda: pick_device(spec.workers.kind))
-    if device == "cpu" and spec.compute_dtype == "float16":
+    places = _local_paths(spec)
+    with _mark_in_store(spec, touch_store and look_at is not look_here) as mark:
+        places |= mark
+        machines = look_at(list(places))
+    findings.add(*unshared(machines, places))
+    chosen = findings.attempt("workers.kind", lambda: choose(machines, spec.workers.kind))
+    if chosen and chosen.device == "cpu" and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
     tokens = _calibration(spec, source, architecture, findings)
     _evaluation(spec, findings)
     if touch_store:
-        findings.attempt("output.store", lambda: probe(open_store(spec.output.store)))
+        conditional = spec.output.conditional_writes
+        store = spec.output.store
+        findings.attempt(
+            "output.store", lambda: probe(open_store(store, conditional_writes=conditional))
+        )
     plan, workers, memory = None, 0, {}
     if source and architecture:
+        if spec.calibration and spec.calibration.shards > len(architecture.blocks):
+            count = len(architecture.blocks)
+            message = f"the model has {count} blocks: write {count} shards or fewer"
+            findings.add(Fault(field="calibration.shards", message=message))
+            raise JobFaults(str(document.path), findings.faults)
         blocks, head, layer_faults = plan_layers(spec, architecture)
         findings.add(*layer_faults)
-        if device:
-            plan = make_plan(spec, blocks, head, hardware_kind(device))
+        if chosen:
+            plan = make_plan(spec, blocks, head, chosen.kind)
             memory = worker_bytes(spec, plan, architecture, source)
-            workers = _workers(spec, plan, device, sum(memory.values()), findings)
+            workers, count_faults = worker_count(spec, plan, chosen, sum(memory.values()))
+            findings.add(*count_faults)
     if findings.faults:
         raise JobFaults(str(document.path), findings.faults)
-    assert plan is not None and source is not None and architecture is not None and device
+    assert plan is not None and source is not None and architecture is not None and chosen
     return Prepared(
         spec=spec,
         plan=plan,
         source=source,
         architecture=architecture,
-        device=device,
+        device=chosen.device,
         workers=workers,
         worker_memory=memory,
         tokens_digest=tokens,
     )
+
+
+def _local_paths(spec: JobSpec) -> dict[str, str]:
+    """Every path that workers read or write, with its field."""
+    places: dict[str, str] = {str(spec.model.path): "model.path"}
+    for section in ("calibration", "evaluation"):
+        for name in ("text", "jsonl", "task_folder"):
+            path = getattr(getattr(spec, section), name, None)
+            if path is not None:
+                places.setdefault(str(path), f"{section}.{name}")
+    return places
+
+
+@contextlib.contextmanager
+def _mark_in_store(spec: JobSpec, wanted: bool) -> Iterator[dict[str, str]]:
+    """A file in a local store's folder for a moment: who shares the folder sees it."""
+    store = open_store(spec.output.store) if wanted else None
+    if not isinstance(store, LocalStore):
+        yield {}
+        return
+    made = missing_parents(Path(store.url))
+    name = f".quantfleet-mark-{secrets.token_hex(4)}"
+    try:
+        with contextlib.suppress(StoreError):  # `probe` says why
+            store.put(name, secrets.token_bytes(16))
+        yield {f"{store.url}/{name}": "output.store"}
+    finally:
+        with contextlib.suppress(StoreError):
+            store.delete(name)
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _calibration(
@@ -164,43 +227,6 @@ def _evaluation(spec: JobSpec, findings: _Findings) -> None:
     elif unknown := unknown_tasks(evaluation):
         message = f"lm-eval knows no task '{unknown[0]}': see lm-eval ls tasks, or set task_folder"
         findings.add(Fault(field="evaluation.tasks", message=message))
-
-
-def _workers(spec: JobSpec, plan: Plan, device: str, need: int, findings: _Findings) -> int:
-    """How many workers to start: what the job says, or what the machine and the job carry."""
-    wanted = spec.workers
-    allowed = wanted.memory_bytes()
-    if allowed is not None and need > allowed:
-        message = f"a worker is predicted to need {_gib(need)}: write memory: {_gib(need)}"
-        findings.add(Fault(field="workers.memory", message=message, kind=ResourceError))
-    most = plan.contract.chunks if plan.calibration is not None else len(plan.blocks)
-    devices = device_count(device)
-    available = psutil.virtual_memory().available
-    room = int(available // need)
-    if room == 0:
-        message = f"a worker needs {_gib(need)} and this machine has {_gib(available)} free"
-        findings.add(Fault(field="workers.memory", message=message, kind=ResourceError))
-    if wanted.count is None:
-        per_worker = wanted.threads if device == "cpu" else 1
-        return max(1, min(devices // per_worker, most, room, _MAX_DEFAULT_WORKERS))
-    if device != "cpu" and wanted.count > devices:
-        message = f"this machine has {devices} {device} devices: write count: {devices}"
-        findings.add(Fault(field="workers.count", message=message, kind=ResourceError))
-    elif wanted.count > room > 0:
-        message = (
-            f"{wanted.count} workers of {_gib(need)} do not fit in the {_gib(available)} that are "
-            f"free: write count: {room}"
-        )
-        findings.add(Fault(field="workers.count", message=message, kind=ResourceError))
-    elif wanted.count > most:
-        what = "calibration sequences" if plan.calibration else "blocks"
-        message = f"only {most} workers can share these {what}: write count: {most}"
-        findings.add(Fault(field="workers.count", message=message))
-    return wanted.count
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}GiB"
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:

@@ -5,20 +5,33 @@ Exit codes: 0 done; 2 bad job file or usage; 3 source or store; 4 resources; 5 q
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from orchestrator.printing import (
+    ERR,
+    OUT,
+    print_json,
+    print_metrics,
+    print_plan,
+    print_report,
+    say,
+    status_line,
+)
 from quantcore.errors import JobFaults, QuantfleetError, SpecError, StoreError
+
+if TYPE_CHECKING:  # importing torch takes seconds: `quantfleet --help` need not
+    from orchestrator.checks import Prepared
+    from orchestrator.executors import Executor
+    from orchestrator.site import Site
+    from workers.plan import Plan
 
 app = typer.Typer(
     name="quantfleet",
@@ -34,9 +47,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 LogFile = Annotated[Path | None, typer.Option(help="Where events are logged (JSON lines).")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Events to standard error as JSON too.")]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray, in one process.")]
-
-_err = Console(stderr=True)
-_out = Console()
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="A Ray cluster that this machine is a node of: auto, or HOST:PORT.",
+    ),
+]
 
 INTERRUPTED = 130
 
@@ -44,6 +61,7 @@ INTERRUPTED = 130
 @app.command()
 def run(
     job: JobFile,
+    address: Address = None,
     in_process: InProcess = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -53,20 +71,23 @@ def run(
     """Quantize a model as a job file says, here and now. Run again, it goes on."""
     with _reported():
         from orchestrator.checks import check, describe
+        from orchestrator.site import open_site
         from workers.store import open_store
 
-        with _working("checking the job", as_json):
-            prepared = check(job, touch_store=not dry_run)
-        if dry_run:
-            _print_plan(describe(prepared), as_json)
-            return
-        with _waiting_note(open_store(prepared.plan.store)):
-            _run(prepared, in_process, as_json, log_file, log_json)
+        with open_site(address, in_process) as site:
+            with _working("checking the job", as_json):
+                prepared = check(job, touch_store=not dry_run, look_at=site.look_at)
+            if dry_run:
+                print_plan(describe(prepared), as_json)
+                return
+            with _waiting_note(open_store(prepared.plan.store)):
+                _run(prepared, site, as_json, log_file, log_json)
 
 
 @app.command()
 def resume(
     job: JobUrl,
+    address: Address = None,
     in_process: InProcess = False,
     as_json: AsJson = False,
     log_file: LogFile = None,
@@ -76,6 +97,7 @@ def resume(
     with _reported():
         from orchestrator.checks import prepare
         from orchestrator.identity import stored_job
+        from orchestrator.site import open_site
         from orchestrator.stored import stored_spec
         from workers.store import open_store
 
@@ -84,10 +106,11 @@ def resume(
         if began is None:
             raise StoreError(f"{store.url} holds no job that was begun: see quantfleet list")
         spec, document = stored_spec(began, store.url)
-        with _working("checking the job", as_json):
-            prepared = prepare(spec, document, [])
-        with _waiting_note(store):
-            _run(prepared, in_process, as_json, log_file, log_json)
+        with open_site(address, in_process) as site:
+            with _working("checking the job", as_json):
+                prepared = prepare(spec, document, [], look_at=site.look_at)
+            with _waiting_note(store):
+                _run(prepared, site, as_json, log_file, log_json)
 
 
 @app.command()
@@ -99,7 +122,7 @@ def check(job: JobFile, as_json: AsJson = False) -> None:
 
         with _working("checking the job", as_json):
             prepared = check_job(job)
-        _print_plan(describe(prepared), as_json)
+        print_plan(describe(prepared), as_json)
 
 
 @app.command()
@@ -111,9 +134,9 @@ def status(job: JobUrl, as_json: AsJson = False) -> None:
 
         facts = job_status(open_store(job))
         if as_json:
-            _print_json(facts)
+            print_json(facts)
         else:
-            _out.print(_status_line(facts), highlight=False)
+            OUT.print(status_line(facts), highlight=False)
 
 
 @app.command(name="list")
@@ -128,9 +151,9 @@ def list_jobs(
 
         jobs = jobs_in(open_store(store))
         if as_json:
-            _print_json(jobs)
+            print_json(jobs)
         for facts in jobs if not as_json else []:
-            _out.print(_status_line(facts), highlight=False)
+            OUT.print(status_line(facts), highlight=False)
 
 
 @app.command()
@@ -150,10 +173,10 @@ def fetch(
         with _byte_bar(total, as_json) as advance:
             files = fetch_job(store, folder, advance)
         if as_json:
-            _print_json({"folder": str(folder), "files": len(files), "bytes": total})
+            print_json({"folder": str(folder), "files": len(files), "bytes": total})
         else:
             line = f"{folder}: {len(files)} files, {total / 1e6:.1f} MB, all verified"
-            _out.print(escape(line), highlight=False, soft_wrap=True)
+            OUT.print(escape(line), highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -184,38 +207,25 @@ def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
         with _working("evaluating", as_json):
             metrics = evaluate_stored(model, options, dtype)
         if as_json:
-            _print_json(metrics)
+            print_json(metrics)
         else:
-            _print_metrics({Path(model).name: metrics})
+            print_metrics({Path(model).name: metrics})
 
 
 def _run(
-    prepared: Any, in_process: bool, as_json: bool, log_file: Path | None, log_json: bool
+    prepared: "Prepared", site: "Site", as_json: bool, log_file: Path | None, log_json: bool
 ) -> None:
     from orchestrator.driver import run_job
-    from orchestrator.executors import Executor, InProcessExecutor
     from orchestrator.log import start_log
     from orchestrator.progress import Watcher
-    from workers.plan import Plan
 
-    def start_workers(plan: Plan) -> Executor:
-        if in_process:
-            return InProcessExecutor(plan, [prepared.device] * prepared.workers)
-        from orchestrator.ray_executor import RayExecutor
-
-        wanted = prepared.spec.workers
-        executor = RayExecutor(
-            plan,
-            count=prepared.workers,
-            device=prepared.device,
-            cpus=wanted.cpus or float(wanted.threads),
-            memory=wanted.memory_bytes(),
-        )
+    def start_workers(plan: "Plan") -> "Executor":
+        executor = site.start_workers(plan, prepared)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray took it for itself
         return executor
 
     log, path = start_log(prepared.spec.name, log_file, log_json)
-    watcher = Watcher(_err, log, quiet=as_json or log_json)
+    watcher = Watcher(ERR, log, quiet=as_json or log_json)
     try:
         result = run_job(prepared, start_workers, watcher)
     except BaseException as error:
@@ -224,9 +234,9 @@ def _run(
     finally:
         watcher.close()
     if as_json:
-        _print_json({"store": result.store, "log": str(path), "report": result.report})
+        print_json({"store": result.store, "log": str(path), "report": result.report})
         return
-    _print_report(result, path)
+    print_report(result, path)
 
 
 @contextlib.contextmanager
@@ -241,15 +251,15 @@ def _reported(as_json: bool = False) -> Iterator[None]:
                 {"field": f.field, "line": f.line, "column": f.column, "message": f.message}
                 for f in error.faults
             ]
-            _print_json({"faults": faults})
+            print_json({"faults": faults})
         for line in error.lines():
-            _say(line)
+            say(line)
         raise typer.Exit(error.exit_code) from None
     except QuantfleetError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -271,16 +281,16 @@ def _waiting_note(store: Any) -> Iterator[None]:
             kept, total = kept_blocks(store)
             if total:
                 go_on = f"go on with: quantfleet resume {store.url}"
-                _say(f"{kept} of {total} blocks are kept; {go_on}")
+                say(f"{kept} of {total} blocks are kept; {go_on}")
         raise
 
 
 @contextlib.contextmanager
 def _working(what: str, quiet: bool) -> Iterator[None]:
-    if quiet or not _err.is_terminal:
+    if quiet or not ERR.is_terminal:
         yield
     else:
-        with _err.status(what):
+        with ERR.status(what):
             yield
 
 
@@ -295,75 +305,13 @@ def _byte_bar(total: int, quiet: bool) -> Iterator[Any]:
         TransferSpeedColumn,
     )
 
-    if quiet or not _err.is_terminal:
-        yield lambda name, size: None if quiet else _say(f"verified {name}")
+    if quiet or not ERR.is_terminal:
+        yield lambda name, size: None if quiet else say(f"verified {name}")
         return
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("fetching"), *columns, console=_err) as bars:
+    with Progress(TextColumn("fetching"), *columns, console=ERR) as bars:
         bar = bars.add_task("fetching", total=total)
         yield lambda name, size: bars.advance(bar, size)
-
-
-def _say(line: str) -> None:
-    """One line to standard error as it is: unwrapped, and brackets in names are no markup."""
-    _err.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))  # noqa: T201 - the command's result
-
-
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(plan)
-        return
-    table = Table(show_header=False, box=None)
-    for label, count in plan["layers"].items():
-        table.add_row(f"{count} linears", label)
-    memory = sum(plan["worker_memory_bytes"].values()) / 2**30
-    device = plan["device"]
-    table.add_row("blocks", f"{plan['blocks']} of {plan['model']}")
-    table.add_row("workers", f"{plan['workers']} on {device['device']} ({device['name']})")
-    table.add_row("memory", f"about {memory:.1f} GiB each")
-    table.add_row("store", escape(plan["store"]))
-    _out.print(table)
-
-
-def _status_line(facts: dict[str, Any]) -> str:
-    state = "finished" if facts["finished"] else "unfinished"
-    return f"{facts['job']}: {state}, {facts['blocks_done']} of {facts['blocks']} blocks"
-
-
-def _print_metrics(variants: dict[str, dict[str, dict[str, float]]]) -> None:
-    tasks = {task: metrics for rows in variants.values() for task, metrics in rows.items()}
-    table = Table("model")
-    for task, metrics in tasks.items():
-        for metric in metrics:
-            table.add_column(f"{task}\n{metric}", justify="right")
-    for name, rows in variants.items():
-        cells = [f"{rows[t][m]:.4f}" if t in rows else "" for t in tasks for m in tasks[t]]
-        table.add_row(name, *cells)
-    _out.print(table)
-
-
-def _print_report(result: Any, log: Path) -> None:
-    report = result.report
-    if result.already_finished:
-        _say("this job is finished already; its report says:")
-    if report["evaluation"]:
-        _print_metrics(report["evaluation"])
-    for key, what in (("fallbacks", "rounded plainly"), ("raised_damping", "damped more")):
-        if report[key]:
-            _out.print(f"{what}: {', '.join(report[key])}", highlight=False, soft_wrap=True)
-    sizes = report["bytes"]
-    lines = (
-        f"artifact  {result.store}  ({sizes['quantized'] / 1e6:.1f} MB; "
-        f"source {sizes['source'] / 1e6:.1f} MB)",
-        f"fetch it  quantfleet fetch {result.store} ./out",
-        f"log       {log}",
-    )
-    for line in lines:
-        _out.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

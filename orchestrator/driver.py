@@ -1,48 +1,43 @@
-"""The driver of one job: carries the scheduler's instructions out and keeps the ledger's order.
+"""The driver of one job: what comes after what, and the ledger's order.
 
-    survey -> begin -> quantize, block by block -> index and config -> evaluate -> report
+    survey -> lease -> begin -> quantize, block by block -> index and config -> evaluate -> report
            -> manifest
 
 The ledger in the store is the only state. Whatever ends a job early, running it again takes it up
 after its last published block.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.bag import Bag
 from orchestrator.checks import Prepared
-from orchestrator.executors import Executor, Result
-from orchestrator.graph import Node, evaluation_graph, quantization_graph, survey_graph
-from orchestrator.identity import begin, identity, refuse_difference, stored_job, with_content
+from orchestrator.executors import Executor
+from orchestrator.identity import (
+    Identity,
+    begin,
+    identity,
+    refuse_difference,
+    stored_job,
+    with_content,
+)
+from orchestrator.lease import Beat, Lease, take, watch
+from orchestrator.loop import Observer, Summaries, Timings, execute
 from orchestrator.merge import commit, write_model
 from orchestrator.report import make_report
-from orchestrator.scheduler import (
-    Event,
-    Failed,
-    Finished,
-    Release,
-    Run,
-    Scheduler,
-    Started,
-    Stop,
-    WorkerLost,
-)
-from quantcore.errors import QuantfleetError
+from orchestrator.scheduler import Work
+from orchestrator.works import quantization_works, survey_tasks
+from quantcore.errors import LeaseError, QuantfleetError
 from workers.layout import MANIFEST, OUTSIDE, REPORT, block_key, dump, record_name
 from workers.plan import Plan
 from workers.publish import read_record
-from workers.store import Store, open_store
-
-
-class Observer:
-    """What a driver tells while it works; the base class listens and says nothing."""
-
-    def phase(self, name: str, nodes: Sequence[Node]) -> None: ...
-    def submitted(self, node: Node, worker: int) -> None: ...
-    def finished(self, node: Node, result: Result) -> None: ...
-    def note(self, event: str, **facts: Any) -> None: ...
+from workers.store import STORE_PATIENCE_S, Store, open_store
+from workers.survey import survey
+from workers.tasks import Evaluate, Task
 
 
 @dataclass(slots=True)
@@ -52,116 +47,119 @@ class JobResult:
     already_finished: bool = False
 
 
-@dataclass(slots=True)
-class _Timings:
-    started: float = field(default_factory=time.perf_counter)
-    phases: dict[str, float] = field(default_factory=dict)
-    tasks: dict[str, list[float]] = field(default_factory=dict)
-
-    def of_phase(self, name: str, start: float) -> None:
-        self.phases[name] = round(time.perf_counter() - start, 3)
-
-    def of_task(self, result: Result) -> None:
-        self.tasks.setdefault(result.task.split("/")[0], []).append(result.seconds)
-
-
 def run_job(
     prepared: Prepared, start_workers: Callable[[Plan], Executor], observer: Observer
 ) -> JobResult:
     """Do a job, or what is left of it. Raises the error tree's errors; finished blocks stay."""
     plan = prepared.plan
-    store = open_store(plan.store)
+    conditional = plan.conditional_writes
+    store = open_store(plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S)
     known = identity(prepared)
     previous = stored_job(store)
     if previous is not None:
         refuse_difference(store, previous["identity"], known)
         if store.exists(MANIFEST):
+            observer.note("finished already")
+            hashes = survey(prepared.source, prepared.source.tensors)
+            refuse_difference(store, previous["identity"], with_content(known, hashes))
             return JobResult(store.url, _read_report(store), already_finished=True)
-    timings = _Timings()
+    beat = Beat.from_environment()
+
+    def waiting(holder: dict[str, Any], seconds: float) -> None:
+        observer.note("another driver was here", seconds=seconds, **holder)
+
+    left = watch(store, beat, waiting)  # before anything is started for it
+    driver = _Driver(prepared, store, observer)
     observer.note("workers starting", count=prepared.workers, device=prepared.device)
     executor = start_workers(plan)
     try:
-        timings.of_phase("start", timings.started)
-        return _run(prepared, store, executor, known, observer, timings)
+        driver.timings.of_phase("start", driver.timings.started)
+        content = with_content(known, driver.survey(executor))
+        if previous is not None:
+            refuse_difference(store, previous["identity"], content)
+        lease = take(store, beat, left, waiting)  # only now: a model that is refused leaves nothing
+        try:
+            return driver.quantize(executor, content, lease)
+        finally:
+            lease.release()
     finally:
         executor.close()
 
 
-def _run(
-    prepared: Prepared,
-    store: Store,
-    executor: Executor,
-    known: dict[str, Any],
-    observer: Observer,
-    timings: _Timings,
-) -> JobResult:
-    plan = prepared.plan
+@dataclass(slots=True)
+class _Driver:
+    prepared: Prepared
+    store: Store
+    observer: Observer
+    timings: Timings = field(default_factory=Timings)
 
-    def work(phase: str, nodes: list[Node]) -> dict[str, dict[str, Any]]:
+    def survey(self, executor: Executor) -> dict[str, str]:
+        """The hash of every tensor of the model."""
+        sizes = {name: info.num_bytes for name, info in self.prepared.source.tensors.items()}
+        runs = survey_tasks(sizes, len(executor.present()))
+        surveyed = self._work("survey", [Bag(runs)], executor, len(runs))
+        return {name: h for part in surveyed.values() for name, h in part["hashes"].items()}
+
+    def quantize(self, executor: Executor, content: Identity, lease: Lease) -> JobResult:
+        prepared, plan, store = self.prepared, self.prepared.plan, self.store
+        if store.exists(MANIFEST):  # by the driver that was waited for
+            return JobResult(store.url, _read_report(store), already_finished=True)
+        begin(store, prepared, content)
+        keys = [block_key(block) for block in range(len(plan.blocks))]
+        done = finished_keys(store, [*keys, OUTSIDE])
+        kept = len(done & set(keys))
+        self.observer.note("quantizing", blocks=len(keys), done=kept)
+        size = chunk_bytes(prepared)
+        works = quantization_works(plan, done, epoch=lease.epoch, chunk_bytes=size)
+        self._work("quantize", works, executor, len(keys), kept, lease)
+
+        records = [read_record(store, key) for key in [*keys, OUTSIDE]]
+        lease.check()
+        files = write_model(store, prepared, records)
+        metrics = self._evaluate(executor, lease)
+        report = make_report(prepared, records, metrics, self.timings.phases, self.timings.tasks)
+        lease.check()
+        files[REPORT] = _put_report(store, report)
+        commit(store, prepared.spec.name, files)
+        self.observer.note("committed", store=store.url, files=len(files))
+        return JobResult(store.url, report)
+
+    def _evaluate(self, executor: Executor, lease: Lease) -> dict[str, Any]:
+        spec = self.prepared.spec.evaluation
+        if spec is None:
+            return {}
+        variants = [*spec.baselines, "quantized"]
+        tasks: dict[str, Task] = {f"evaluate/{name}": Evaluate(name, spec) for name in variants}
+        measured = self._work("evaluate", [Bag(tasks)], executor, len(tasks), lease=lease)
+        return {name: measured[f"evaluate/{name}"]["metrics"] for name in variants}
+
+    def _work(
+        self,
+        phase: str,
+        works: list[Work],
+        executor: Executor,
+        steps: int,
+        done: int = 0,
+        lease: Lease | None = None,
+    ) -> Summaries:
+        def may_go_on() -> None:
+            if lease is not None and lease.lost:
+                raise LeaseError(f"another driver has taken {self.store.url} over: this one stops")
+
         start = time.perf_counter()
-        observer.phase(phase, nodes)
-        summaries = execute(nodes, executor, observer, timings)
-        timings.of_phase(phase, start)
+        self.observer.phase(phase, steps, done)
+        summaries = execute(works, executor, self.observer, self.timings, may_go_on)
+        self.timings.of_phase(phase, start)
         return summaries
 
-    sizes = {name: info.num_bytes for name, info in prepared.source.tensors.items()}
-    surveyed = work("survey", survey_graph(sizes, executor.workers))
-    hashes = {name: h for part in surveyed.values() for name, h in part["hashes"].items()}
-    begin(store, prepared, with_content(known, hashes))
 
-    keys = [block_key(block) for block in range(len(plan.blocks))]
-    done = finished_keys(store, [*keys, OUTSIDE])
-    observer.note("quantizing", blocks=len(keys), done=len(done & set(keys)))
-    work("quantize", quantization_graph(plan, executor.workers, done))
-
-    records = [read_record(store, key) for key in [*keys, OUTSIDE]]
-    files = write_model(store, prepared, records)
-    metrics = {}
-    spec = prepared.spec.evaluation
-    if spec is not None:
-        variants = [*spec.baselines, "quantized"]
-        measured = work("evaluate", evaluation_graph(spec, variants))
-        metrics = {name: measured[f"evaluate/{name}"]["metrics"] for name in variants}
-    report = make_report(prepared, records, metrics, timings.phases, timings.tasks)
-    files[REPORT] = _put_report(store, report)
-    commit(store, prepared.spec.name, files)
-    observer.note("committed", store=store.url, files=len(files))
-    return JobResult(store.url, report)
-
-
-def execute(
-    nodes: Sequence[Node], executor: Executor, observer: Observer, timings: _Timings | None = None
-) -> dict[str, dict[str, Any]]:
-    """Run a graph to its end; every task's summary. Raises the first error that ended it."""
-    by_id = {node.id: node for node in nodes}
-    scheduler = Scheduler(nodes, executor.workers)
-    summaries: dict[str, dict[str, Any]] = {}
-    event: Event = Started()
-    failure: Exception | None = None
-    while True:
-        for instruction in scheduler.handle(event):
-            match instruction:
-                case Run(task, worker):
-                    observer.submitted(by_id[task], worker)
-                    executor.submit(worker, by_id[task])
-                case Release(task):
-                    executor.release(task)
-                case Stop(complete):
-                    if complete:
-                        return summaries
-                    assert failure is not None
-                    raise failure
-        result = executor.next_result()
-        failure = result.error
-        if failure is not None:
-            lost = result.worker_lost
-            event = WorkerLost(result.worker) if lost else Failed(result.task)
-            continue
-        summaries[result.task] = result.summary
-        if timings is not None:
-            timings.of_task(result)
-        observer.finished(by_id[result.task], result)
-        event = Finished(result.task)
+def chunk_bytes(prepared: Prepared) -> int:
+    """How large one chunk's hidden states are."""
+    plan = prepared.plan
+    if plan.calibration is None:
+        return 0
+    tokens = plan.calibration.sequences * plan.calibration.length // plan.contract.chunks
+    return tokens * prepared.architecture.hidden_size * plan.torch_dtype.itemsize
 
 
 def finished_keys(store: Store, keys: Sequence[str]) -> set[str]:
@@ -171,16 +169,12 @@ def finished_keys(store: Store, keys: Sequence[str]) -> set[str]:
 
 
 def _put_report(store: Store, report: dict[str, Any]) -> dict[str, Any]:
-    import hashlib
-
     data = dump(report)
     store.put(REPORT, data)
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
 def _read_report(store: Store) -> dict[str, Any]:
-    import json
-
     try:
         report: dict[str, Any] = json.loads(store.get(REPORT))
     except ValueError:

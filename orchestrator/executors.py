@@ -1,11 +1,12 @@
 """Where tasks run. The driver knows this protocol; ray_executor.py is one way to fulfil it."""
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from orchestrator.graph import Node
+from orchestrator.scheduler import Assignment
 from quantcore.errors import QuantfleetError
 from workers.plan import Plan
 from workers.worker import Worker
@@ -13,23 +14,57 @@ from workers.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The end of one task: its summary, or the error it raised, or the loss of its worker."""
+    """The end of one task: its summary, or the error it raised.
 
-    task: str
+    `missing` names earlier assignments whose results could not be had: no fault of this one.
+    """
+
+    assignment: str
     worker: int
     seconds: float = 0.0
     summary: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
-    worker_lost: bool = False
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A worker that came after the first ones. Numbers are never used twice."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A worker is gone, and why."""
+
+    worker: int
+    error: Exception
+    parts_kept: bool = False
+
+
+News = Result | Arrival | Loss
+Progress = Callable[[str, int, int], None]  # a running assignment, and how many of how many steps
 
 
 class Executor(Protocol):
-    workers: int
+    on_progress: Progress
 
-    def submit(self, worker: int, node: Node) -> None: ...
-    def next_result(self) -> Result: ...
-    def release(self, task: str) -> None: ...
+    def present(self) -> tuple[int, ...]:
+        """The workers that are there now."""
+        ...
+
+    def submit(self, worker: int, assignment: Assignment) -> None: ...
+    def next_news(self) -> News:
+        """Wait for something to happen. Raises ResourceError if nothing can: nobody is there."""
+        ...
+
+    def release(self, assignment: str) -> None: ...
     def close(self) -> None: ...
+
+
+def unheard(task: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 class InProcessExecutor:
@@ -39,30 +74,39 @@ class InProcessExecutor:
     """
 
     def __init__(self, plan: Plan, devices: Sequence[str]) -> None:
-        self.workers = len(devices)
-        self._workers = [Worker(plan, device) for device in devices]
-        self._queue: deque[tuple[int, Node]] = deque()
+        self.on_progress: Progress = unheard
+        self._running = ""
+        self._workers = {
+            number: Worker(plan, device, self._tell) for number, device in enumerate(devices)
+        }
+        self._queue: deque[tuple[int, Assignment]] = deque()
         self._parts: dict[str, tuple[Any, ...]] = {}
 
-    def submit(self, worker: int, node: Node) -> None:
-        self._queue.append((worker, node))
+    def present(self) -> tuple[int, ...]:
+        return tuple(self._workers)
 
-    def next_result(self) -> Result:
-        import time
+    def submit(self, worker: int, assignment: Assignment) -> None:
+        self._queue.append((worker, assignment))
 
-        worker, node = self._queue.popleft()
-        inputs = tuple(self._parts[task][part] for task, part in node.inputs)
+    def next_news(self) -> News:
+        worker, assignment = self._queue.popleft()
+        inputs = tuple(self._parts[source][part] for source, part in assignment.inputs)
+        self._running = assignment.id
         start = time.perf_counter()
         try:
-            outcome = self._workers[worker].run(node.task, inputs)
+            outcome = self._workers[worker].run(assignment.task, inputs)
         except QuantfleetError as error:
-            return Result(node.id, worker, error=error)
-        self._parts[node.id] = outcome.parts
-        return Result(node.id, worker, time.perf_counter() - start, outcome.summary)
+            return Result(assignment.id, worker, error=error)
+        assert len(outcome.parts) == assignment.parts
+        self._parts[assignment.id] = outcome.parts
+        return Result(assignment.id, worker, time.perf_counter() - start, outcome.summary)
 
-    def release(self, task: str) -> None:
-        del self._parts[task]
+    def release(self, assignment: str) -> None:
+        del self._parts[assignment]
 
     def close(self) -> None:
         self._queue.clear()
         self._parts.clear()
+
+    def _tell(self, done: int, total: int) -> None:
+        self.on_progress(self._running, done, total)

@@ -34,6 +34,7 @@ def identity(prepared: Prepared) -> Identity:
         "compute_dtype": spec.compute_dtype,
         "calibration.sequences": calibration.sequences if calibration else None,
         "calibration.length": calibration.length if calibration else None,
+        "calibration.shards": calibration.shards if calibration else None,
         "calibration (token ids)": prepared.tokens_digest,
         "workers.threads": threads,
         "output.format": spec.output.format,

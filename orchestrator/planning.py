@@ -91,6 +91,8 @@ def make_plan(
         ),
         search_range=spec.quantization.range == "search",
         calibration=spec.calibration,
+        shards=spec.calibration.shards if spec.calibration else 1,
+        conditional_writes=spec.output.conditional_writes,
         contract=Contract(
             kind=kind,
             threads=spec.workers.threads,

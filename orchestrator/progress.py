@@ -1,7 +1,6 @@
 """What a person sees of a running job: bars at a terminal, plain lines everywhere else."""
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,10 +14,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from orchestrator.driver import Observer
 from orchestrator.executors import Result
-from orchestrator.graph import Node
-from workers.tasks import Advance, Evaluate, Publish, Round, Survey
+from orchestrator.loop import Observer
+from orchestrator.scheduler import Assignment
+from workers.tasks import Evaluate, Publish, Round, Survey
 
 _LABELS = {
     "survey": "reading the model",
@@ -39,16 +38,18 @@ class Watcher(Observer):
         self._bar: Any = None
         self._phase = ""
         self._total = 0
-        self._done = 0
+        self._done = self._before = 0
+        self._parts: dict[str, float] = {}  # of tasks under way
         self._started = 0.0
         self._spoken = 0.0
 
-    def phase(self, name: str, nodes: Sequence[Node]) -> None:
-        self._log.info("phase", name=name, tasks=len(nodes))
+    def phase(self, name: str, steps: int, done: int = 0) -> None:
+        self._log.info("phase", name=name, steps=steps, done=done)
         self.close()
         self._phase = _LABELS.get(name, name)
-        self._total = sum(_steps(node) for node in nodes)
-        self._done = 0
+        self._total = steps
+        self._done = self._before = done
+        self._parts = {}
         self._started = self._spoken = time.monotonic()
         if self._quiet or not self._total:
             return
@@ -64,30 +65,41 @@ class Watcher(Observer):
                 console=self._console,
             )
             self._bars.start()
-            self._bar = self._bars.add_task(self._phase, total=self._total, rate="")
+            self._bar = self._bars.add_task(
+                self._phase, total=self._total, completed=self._done, rate=""
+            )
         else:
-            self._say(f"{self._phase}: {self._total} to do")
+            self._say(f"{self._phase}: {self._total - self._done} to do")
 
-    def submitted(self, node: Node, worker: int) -> None:
-        self._log.debug("task started", task=node.id, worker=worker)
+    def submitted(self, assignment: Assignment, worker: int) -> None:
+        self._log.debug("task started", task=assignment.id, worker=worker)
 
-    def finished(self, node: Node, result: Result) -> None:
-        self._log.info(
-            "task finished", task=node.id, worker=result.worker, seconds=round(result.seconds, 3)
-        )
-        steps = _steps(node)
-        if not steps or self._quiet or not self._total:
+    def finished(self, assignment: Assignment, result: Result) -> None:
+        seconds = round(result.seconds, 3)
+        self._log.info("task finished", task=assignment.id, worker=result.worker, seconds=seconds)
+        self._parts.pop(assignment.id, None)
+        if _counts(assignment):
+            self._done += 1
+            self._show()
+
+    def progressed(self, assignment: Assignment, done: int, total: int) -> None:
+        if _counts(assignment):
+            self._parts[assignment.id] = done / total
+            self._show()
+
+    def _show(self) -> None:
+        if self._quiet or not self._total:
             return
-        self._done += steps
-        elapsed = time.monotonic() - self._started
-        each = elapsed / self._done
+        done = self._done + sum(self._parts.values())
+        each = (time.monotonic() - self._started) / max(done - self._before, 1e-9)
         rate = f"{each:.1f} s each" if each >= 1 else f"{1 / max(each, 1e-9):.1f} /s"
         if self._bars is not None:
-            self._bars.update(self._bar, completed=self._done, rate=rate)
-        elif self._done == self._total or time.monotonic() - self._spoken >= _PLAIN_EVERY_S:
+            self._bars.update(self._bar, completed=done, rate=rate)
+        elif done == self._total or time.monotonic() - self._spoken >= _PLAIN_EVERY_S:
             self._spoken = time.monotonic()
-            left = each * (self._total - self._done)
-            self._say(f"{self._phase}: {self._done}/{self._total}, {rate}, {_clock(left)} left")
+            left = each * (self._total - done)
+            count = f"{done:.1f}" if self._parts else f"{self._done}"
+            self._say(f"{self._phase}: {count}/{self._total}, {rate}, {_clock(left)} left")
 
     def note(self, event: str, **facts: Any) -> None:
         self._log.info(event, **facts)
@@ -95,6 +107,17 @@ class Watcher(Observer):
             return
         if event == "workers starting":
             self._say(f"starting {facts['count']} {facts['device']} workers")
+        elif event == "finished already":
+            self._say("a finished job of this name is there: reading the model to compare")
+        elif event == "another driver was here":
+            self._say(
+                f"another driver (on {facts['host']}, process {facts['pid']}) left no word: "
+                f"watching for {facts['seconds']:.0f} s whether it lives"
+            )
+        elif event == "worker lost":
+            self._say(f"worker {facts['worker']} is lost ({facts['why']}); its work is dealt again")
+        elif event == "worker joined":
+            self._say(f"worker {facts['worker']} has joined")
         elif event == "quantizing" and facts["done"]:
             self._say(f"{facts['done']} of {facts['blocks']} blocks are finished: going on")
 
@@ -107,11 +130,9 @@ class Watcher(Observer):
         self._console.print(line, highlight=False)
 
 
-def _steps(node: Node) -> int:
-    """What a task counts for in its phase: blocks done or replayed, not bookkeeping."""
-    if isinstance(node.task, Advance):
-        return int(not any(need.startswith("publish/") for need in node.after))
-    return int(isinstance(node.task, Survey | Publish | Round | Evaluate))
+def _counts(assignment: Assignment) -> bool:
+    """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
+    return isinstance(assignment.task, Survey | Publish | Round | Evaluate)
 
 
 def _clock(seconds: float) -> str:

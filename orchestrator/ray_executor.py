@@ -1,164 +1,247 @@
-"""Workers as Ray actors. The only file that knows Ray.
+"""Workers as Ray actors, on an embedded Ray or a cluster that is there.
 
-Ray's own retries are off: what is repeated, and from where, is decided above. Results' parts stay
-in Ray's object store as references; the driver passes them on and never looks inside.
+Ray's own retries are off: what is repeated, and from where, is decided by the scheduler. Here a
+lost worker is noticed, and another one is asked for in its place; when and where that one starts
+is Ray's affair, and the job goes on meanwhile. Results' parts stay in Ray's object store as
+references; the driver passes them on and never looks inside.
 """
 
-import logging
-import math
-import os
+import contextlib
 import time
-import traceback
+from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.executors import Result
-from orchestrator.graph import Node
+from orchestrator.executors import Arrival, Loss, News, Progress, Result, unheard
+from orchestrator.ray_cluster import first_line
+from orchestrator.ray_worker import RayWorker
+from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
 from workers.plan import Plan
-from workers.tasks import Task
 
-_START_TIMEOUT_S = 180.0
+_PULSE_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The workers that a job asks for."""
+
+    count: int
+    device: str
+    cpus: float
+    memory: int | None = None
+    all_at_once: bool = True  # on this machine; a cluster's may come one by one
+    start_timeout_s: float = 180.0  # for the first one, or for all
+    settle_s: float = 20.0  # that the others are waited for once the first is there
+    absence_s: float = 600.0  # without any worker until the job is given up
+
+
+@dataclass(slots=True)
+class _Member:
+    actor: Any
+    watch: Any  # a reference that becomes an error when the actor dies
+    node: str = ""
 
 
 class RayExecutor:
-    """An embedded Ray on this machine, for the length of one job."""
+    """`ray` is a connection (ray_cluster.py), which ends with this executor."""
 
-    def __init__(
-        self, plan: Plan, *, count: int, device: str, cpus: float, memory: int | None
-    ) -> None:
-        self._ray = ray = _ray_on_loopback()
-        self.workers = count
+    def __init__(self, plan: Plan, wanted: Wanted, ray: Any) -> None:
+        self._plan = plan
+        self._wanted = wanted
+        self.on_progress: Progress = unheard
+        self._members: dict[int, _Member] = {}
+        self._starting: dict[Any, tuple[int, Any]] = {}  # by the reference to their start
+        self._hired = 0
         self._refs: dict[str, list[Any]] = {}
-        self._running: dict[Any, tuple[int, Node, float]] = {}
+        self._running: dict[Any, tuple[int, Assignment, float]] = {}
+        self._pulses: dict[Any, str] = {}  # asked, and of which assignment
+        self._asked = time.monotonic()
+        self._refusals: list[str] = []
+        self._ray = ray
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, math.ceil(count * cpus)),
-                num_gpus=0 if device == "cpu" else count,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                configure_logging=False,
-            )
-        except Exception as error:
-            raise ResourceError(f"Ray does not start on this machine: {error}") from None
-        try:
-            self._actors = self._start_workers(plan, device, cpus, memory)
+            self._assemble()
         except BaseException:
             self.close()
             raise
 
-    def _start_workers(self, plan: Plan, device: str, cpus: float, memory: int | None) -> list[Any]:
-        ray = self._ray
-        threads = str(plan.contract.threads)
-        options: dict[str, Any] = {
-            "num_cpus": cpus,
-            "num_gpus": 0 if device == "cpu" else 1,  # Ray counts Intel's GPUs as GPUs too
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
-        }
-        if memory is not None:
-            options["memory"] = memory
-        actor = ray.remote(_Actor).options(**options)
-        actors = [actor.remote() for _ in range(self.workers)]
-        starts = [handle.start.remote(plan, device) for handle in actors]
-        _, waiting = ray.wait(starts, num_returns=len(starts), timeout=_START_TIMEOUT_S)
-        if waiting:
-            raise ResourceError(
-                f"{len(waiting)} of {len(starts)} workers did not start in "
-                f"{_START_TIMEOUT_S:.0f} s; this Ray has {ray.available_resources()} free, and "
-                f"each asks for {cpus:g} CPUs: lower workers.count, cpus or memory"
-            )
-        for start in starts:
-            failure = ray.get(start)
-            if failure is not None:
-                raise _revived(failure)
-        return actors
+    def present(self) -> tuple[int, ...]:
+        return tuple(self._members)
 
-    def submit(self, worker: int, node: Node) -> None:
-        inputs = [self._refs[task][part] for task, part in node.inputs]
-        call = self._actors[worker].run.options(num_returns=1 + node.parts)
-        refs = call.remote(node.task, node.parts, *inputs)
-        first, *parts = refs if node.parts else [refs]
-        self._refs[node.id] = parts
-        self._running[first] = (worker, node, time.perf_counter())
+    def submit(self, worker: int, assignment: Assignment) -> None:
+        inputs = [self._refs[source][part] for source, part in assignment.inputs]
+        call = self._members[worker].actor.run.options(num_returns=1 + assignment.parts)
+        refs = call.remote(assignment.task, assignment.parts, inputs)
+        first, *parts = refs if assignment.parts else [refs]
+        self._refs[assignment.id] = parts
+        self._running[first] = (worker, assignment, time.perf_counter())
 
-    def next_result(self) -> Result:
-        assert self._running
-        done: list[Any] = []
-        while not done:  # in short waits, so that an interrupt is heard
-            done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=0.5)
-        worker, node, start = self._running.pop(done[0])
-        seconds = time.perf_counter() - start
-        try:
-            summary = self._ray.get(done[0])
-        except self._ray.exceptions.RayError as error:
-            loss = ResourceError(f"worker {worker} was lost in {node.id}: {_first_line(error)}")
-            return Result(node.id, worker, seconds, error=loss, worker_lost=True)
-        if "failure" in summary:
-            return Result(node.id, worker, seconds, error=_revived(summary["failure"]))
-        return Result(node.id, worker, seconds, summary)
+    def next_news(self) -> News:
+        absent_since = time.monotonic()
+        while True:
+            if self._members:
+                absent_since = time.monotonic()
+            self._refuse_absence(absent_since)
+            watches = {member.watch: number for number, member in self._members.items()}
+            waited = [*self._running, *self._starting, *watches]
+            # in short waits, so that an interrupt is heard
+            done, _ = self._ray.wait(waited, num_returns=1, timeout=0.5)
+            self._take_pulses()
+            for ref in done:
+                if ref in watches:
+                    return self._lose(watches[ref], self._why(ref))
+                if ref in self._running:
+                    return self._end(ref)
+                number = self._arrive(ref)
+                if number is not None:
+                    return Arrival(number)
 
-    def release(self, task: str) -> None:
-        del self._refs[task]
+    def release(self, assignment: str) -> None:
+        self._refs.pop(assignment, None)
 
     def close(self) -> None:
-        """End what `__init__` started: an embedded Ray goes with its driver's connection."""
+        """End what we started: workers, and an embedded Ray with its driver's connection."""
+        for actor in [m.actor for m in self._members.values()] + [
+            actor for _, actor in self._starting.values()
+        ]:
+            with contextlib.suppress(Exception):  # it may be gone, and Ray with it
+                self._ray.kill(actor)
         self._refs.clear()
         self._running.clear()
+        self._members.clear()
+        self._starting.clear()
         self._ray.shutdown()
 
+    def _hire(self) -> None:
+        """Ask Ray for one more worker; `_arrive` hears when it is there."""
+        wanted = self._wanted
+        threads = str(self._plan.contract.threads)
+        options: dict[str, Any] = {
+            "num_cpus": wanted.cpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "scheduling_strategy": "SPREAD",
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        }
+        if wanted.device != "cpu":
+            options["num_gpus"] = 1  # Ray counts Intel's GPUs as GPUs too
+        if wanted.memory is not None:
+            options["memory"] = wanted.memory
+        # asked in a thread of its own, a worker answers while it works
+        groups = {"pulse": 1, "watch": 1}
+        actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
+        self._starting[actor.start.remote(self._plan, wanted.device)] = (self._hired, actor)
+        self._hired += 1
 
-def _ray_on_loopback() -> Any:
-    """Import Ray so that an embedded one listens on this machine alone and phones nowhere.
+    def _assemble(self) -> None:
+        """Wait for the first workers: all of them here, as many as come soon on a cluster."""
+        wanted = self._wanted
+        for _ in range(wanted.count):
+            self._hire()
+        deadline = time.monotonic() + wanted.start_timeout_s
+        while self._starting and time.monotonic() < deadline:
+            done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=0.5)
+            for ref in done:
+                first = not self._members
+                self._arrive(ref)
+                if first and self._members and not wanted.all_at_once:
+                    deadline = min(deadline, time.monotonic() + wanted.settle_s)
+        missing = wanted.count - len(self._members)
+        if missing and (wanted.all_at_once or not self._members):
+            refused = f" ({self._refusals[-1]})" if self._refusals else ""
+            raise ResourceError(
+                f"{missing} of {wanted.count} workers did not start in "
+                f"{wanted.start_timeout_s:.0f} s{refused}; this Ray has "
+                f"{self._ray.available_resources()} free, and each asks for {wanted.cpus:g} CPUs: "
+                "lower workers.count, cpus or memory"
+            )
 
-    Despite its name, the second variable decides on Linux too whether a node may be joined from
-    outside; without that, every Ray server binds to 127.0.0.1. Ray's access token stays on, since
-    other users of the machine can reach the loopback; only its notice is left out.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_worker_niceness", "0")  # this is the job that the user waits for
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    import ray
-
-    return ray
-
-
-class _Actor:
-    """The process around one Worker. Errors go back as plain facts: no pickled exceptions."""
-
-    def __init__(self) -> None:
-        self._worker: Any = None
-
-    def start(self, plan: Plan, device: str) -> dict[str, str] | None:
-        from workers.worker import Worker
-
+    def _arrive(self, ref: Any) -> int | None:
+        """Take in a worker whose start has ended; None if it is not to be."""
+        number, actor = self._starting.pop(ref)
         try:
-            self._worker = Worker(plan, device)
-        except Exception as error:
-            return _described(error)
-        return None
+            facts = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            self._refusals.append(first_line(error))
+            if len(self._refusals) <= 2 * self._wanted.count:
+                self._hire()
+            return None
+        if "failure" in facts:
+            raise _revived(facts["failure"])
+        if "refused" in facts:
+            self._refusals.append(f"a worker was refused: {facts['refused']}")
+            self._ray.kill(actor)
+            return None
+        watch = actor.watch.options(concurrency_group="watch").remote()
+        self._members[number] = _Member(actor, watch, facts["node"])
+        return number
 
-    def run(self, task: Task, parts: int, *inputs: Any) -> Any:
+    def _end(self, ref: Any) -> News:
+        worker, assignment, start = self._running[ref]
+        seconds = time.perf_counter() - start
         try:
-            outcome = self._worker.run(task, inputs)
-            summary = outcome.summary
-            results = outcome.parts
+            summary = self._ray.get(ref)
+        except self._ray.exceptions.RayActorError:
+            return self._lose(worker, self._why(ref))
+        except self._ray.exceptions.RayError as error:  # its result found no room, for one
+            del self._running[ref]
+            self.release(assignment.id)
+            failure = ResourceError(f"{assignment.id} on worker {worker}: {first_line(error)}")
+            return Result(assignment.id, worker, seconds, error=failure)
+        del self._running[ref]
+        if "missing" in summary:
+            self.release(assignment.id)
+            missing = tuple(sorted({assignment.inputs[i][0] for i in summary["missing"]}))
+            lost = ResourceError(f"{assignment.id} did not get its inputs from {missing}")
+            return Result(assignment.id, worker, seconds, error=lost, missing=missing)
+        if "failure" not in summary:
+            return Result(assignment.id, worker, seconds, summary)
+        self.release(assignment.id)
+        told = _revived(summary["failure"])
+        if isinstance(told, ResourceError):  # a fresh process, perhaps elsewhere, may have room
+            return self._lose(worker, told)
+        return Result(assignment.id, worker, seconds, error=told)
+
+    def _lose(self, worker: int, error: Exception) -> Loss:
+        member = self._members.pop(worker)
+        for ref, (owner, assignment, _) in list(self._running.items()):
+            if owner == worker:
+                del self._running[ref]
+                self.release(assignment.id)
+        with contextlib.suppress(Exception):  # most often it is dead already
+            self._ray.kill(member.actor)
+        self._hire()
+        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        return Loss(worker, error, parts_kept=member.node in alive)
+
+    def _why(self, ref: Any) -> ResourceError:
+        try:
+            self._ray.get(ref, timeout=0)
         except Exception as error:
-            summary = {"failure": _described(error)}
-            results = (None,) * parts
-        assert len(results) == parts
-        return (summary, *results) if parts else summary
+            return ResourceError(f"its process ended: {first_line(error)}")
+        return ResourceError("its process ended")
 
+    def _refuse_absence(self, since: float) -> None:
+        silent = time.monotonic() - since > self._wanted.absence_s
+        if not self._members and (silent or not self._starting):
+            why = f": {self._refusals[-1]}" if self._refusals else ""
+            raise ResourceError(f"no worker is left, and none came{why}")
 
-def _described(error: Exception) -> dict[str, str]:
-    return {
-        "kind": type(error).__name__,
-        "message": str(error),
-        "trace": "".join(traceback.format_exception(error)),
-    }
+    def _take_pulses(self) -> None:
+        """Hand on what has been answered; ask again, each worker once at a time."""
+        asked = list(self._pulses)
+        answered = self._ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        for ref in answered:
+            name = self._pulses.pop(ref)
+            with contextlib.suppress(self._ray.exceptions.RayError):  # its end is told elsewhere
+                done, total = self._ray.get(ref)
+                if total:
+                    self.on_progress(name, done, total)
+        if self._pulses or time.monotonic() - self._asked < _PULSE_EVERY_S:
+            return
+        self._asked = time.monotonic()
+        for worker, assignment, _ in self._running.values():
+            ask = self._members[worker].actor.pulse.options(concurrency_group="pulse")
+            self._pulses[ask.remote()] = assignment.id
 
 
 def _revived(failure: dict[str, str]) -> Exception:
@@ -167,7 +250,3 @@ def _revived(failure: dict[str, str]) -> Exception:
     if kind is not None:
         return kind(failure["message"])
     return RuntimeError(f"a worker failed:\n{failure['trace']}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

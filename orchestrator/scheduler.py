@@ -2,61 +2,95 @@
 
     handle(event) -> [instruction, ...]
 
-A task is WAITING until all it waits for is FINISHED, then READY until a worker that may do it is
-free, then RUNNING. What a result's parts are kept for is counted, and a part is released when its
-last reader has finished. Any event that the table does not know is a bug of ours.
+A job is a few `Work`s (bag.py, calibration.py): each knows what is left of its part, gives some of
+it to an idle worker that is offered, and hears how that ended. The scheduler keeps the workers:
+who is there, who is idle, who is doing what. Workers come and go at any time. What a lost worker
+was doing is dealt again; what has ended several workers ends the job, because it would end the
+next one too. A result that comes from a worker already given up is only put away.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from typing import Protocol
 
-from orchestrator.graph import Node
+from workers.tasks import Task
+
+Part = tuple[str, int]  # an assignment's id and the number of one part of its result
+
+MOST_LOSSES = 4  # workers that one step of a block may end before it is blamed
+MOST_MISSING = 32  # results that it may miss: several are lost with one worker
 
 
-class State(Enum):
-    WAITING = auto()
-    READY = auto()
-    RUNNING = auto()
-    FINISHED = auto()
-    FAILED = auto()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """One task, given to one worker once. A second try is another assignment."""
+
+    id: str
+    task: Task
+    inputs: tuple[Part, ...] = ()
+    parts: int = 0  # how many parts its result has
+
+
+class Work(Protocol):
+    """A part of a job. Lists that are returned name assignments whose parts nobody needs now."""
+
+    def joined(self, worker: int) -> None: ...
+    def lost(self, worker: int, *, parts_kept: bool) -> list[str]: ...
+    def offer(self, worker: int) -> Assignment | None: ...
+    def finished(self, assignment: str, seconds: float) -> list[str]: ...
+    def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]: ...
+    def complete(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """The workers are there."""
+class Joined:
+    """Workers are there, all of them idle. They are dealt to together."""
+
+    workers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    task: str
+    assignment: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    task: str
+    """An error that another try would meet again."""
+
+    assignment: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputsMissing:
+    """A worker could not get results that were still there when it was given the task."""
+
+    assignment: str
+    producers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     worker: int
+    parts_kept: bool = False  # whether results it gave before can still be read
 
 
-Event = Started | Finished | Failed | WorkerLost
+Event = Joined | Finished | Failed | InputsMissing | WorkerLost
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    task: str
+    assignment: Assignment
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Nobody will read the parts of this task's result any more."""
+    """Nobody will read the parts of this assignment's result any more."""
 
-    task: str
+    assignment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,106 +102,93 @@ class Stop:
 
 Instruction = Run | Release | Stop
 
-_NEXT = {
-    (State.WAITING, "released"): State.READY,
-    (State.READY, "dealt"): State.RUNNING,
-    (State.RUNNING, "finished"): State.FINISHED,
-    (State.RUNNING, "failed"): State.FAILED,
-}
-
 
 class Scheduler:
-    def __init__(self, nodes: Sequence[Node], workers: int) -> None:
-        self._nodes = {node.id: node for node in nodes}
-        assert len(self._nodes) == len(nodes), "task ids must differ"
-        self._rank = {node.id: rank for rank, node in enumerate(nodes)}
-        self._state = dict.fromkeys(self._nodes, State.WAITING)
-        self._missing = {node.id: len(_needs(node)) for node in nodes}
-        self._waiters: dict[str, list[str]] = defaultdict(list)
-        self._readers: Counter[str] = Counter()
-        self._ready: list[str] = []
-        self._unfinished = len(nodes)
-        self._free = list(range(workers))
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+        self._idle: set[int] = set()
+        self._running: dict[str, tuple[int, Assignment, Work]] = {}
+        self._losses: Counter[tuple[str, int]] = Counter()
+        self._missing: dict[tuple[str, int], set[str]] = {}
         self._stopped = False
-        for node in nodes:
-            for need in _needs(node):
-                assert need in self._nodes, f"{node.id} waits for {need}, which does not exist"
-                self._waiters[need].append(node.id)
-            self._readers.update({task for task, _ in node.inputs})
-        self._running: dict[str, int] = {}
-
-    def state(self, task: str) -> State:
-        return self._state[task]
 
     def handle(self, event: Event) -> list[Instruction]:
         if self._stopped:
             return []
-        match event:
-            case Started():
-                for task in self._nodes:
-                    if self._missing[task] == 0:
-                        self._release(task)
-                released: list[Instruction] = []
-            case Finished(task):
-                released = self._finish(task)
-            case Failed(task):
-                self._move(task, "failed")
-                return self._stop(complete=False)
-            case WorkerLost(_):
-                return self._stop(complete=False)
-        if self._unfinished == 0:
-            return [*released, *self._stop(complete=True)]
-        return [*released, *self._deal()]
+        if self._is_fatal(event):
+            return self._stop(complete=False)
+        instructions: list[Instruction] = [Release(name) for name in self._hear(event)]
+        if all(work.complete() for work in self._works):
+            return [*instructions, *self._stop(complete=True)]
+        return [*instructions, *self._deal()]
 
-    def _finish(self, task: str) -> list[Instruction]:
-        self._move(task, "finished")
-        self._unfinished -= 1
-        self._free.append(self._running.pop(task))
-        for waiter in self._waiters.pop(task, []):
-            self._missing[waiter] -= 1
-            if self._missing[waiter] == 0:
-                self._release(waiter)
-        instructions: list[Instruction] = []
-        for read in sorted({source for source, _ in self._nodes[task].inputs}):
-            self._readers[read] -= 1
-            if self._readers[read] == 0:
-                instructions.append(Release(read))
-        return instructions
+    def _hear(self, event: Event) -> list[str]:
+        """Tell the works what happened; the assignments whose parts nobody needs any more."""
+        match event:
+            case Joined(workers):
+                for worker in workers:
+                    self._idle.add(worker)
+                    for work in self._works:
+                        work.joined(worker)
+            case Finished(assignment, seconds):
+                if assignment not in self._running:
+                    return [assignment]
+                return self._take_back(assignment).finished(assignment, seconds)
+            case InputsMissing(assignment, producers) if assignment in self._running:
+                return self._take_back(assignment).returned(assignment, producers)
+            case WorkerLost(worker, parts_kept):
+                released = []
+                for assignment in self._given_to(worker):
+                    released += self._take_back(assignment).returned(assignment)
+                self._idle.discard(worker)
+                for work in self._works:
+                    released += work.lost(worker, parts_kept=parts_kept)
+                return released
+        return []
+
+    def _is_fatal(self, event: Event) -> bool:
+        """Whether another try is of no use; losses are counted against what was being done."""
+        match event:
+            case Failed(assignment):
+                return assignment in self._running
+            case InputsMissing(assignment, producers) if assignment in self._running:
+                missing = self._missing.setdefault(self._step(assignment), set())
+                missing.update(producers)
+                return len(missing) >= MOST_MISSING
+            case WorkerLost(worker):
+                steps = [self._step(assignment) for assignment in self._given_to(worker)]
+                self._losses.update(steps)
+                return any(self._losses[step] >= MOST_LOSSES for step in steps)
+        return False
 
     def _deal(self) -> list[Instruction]:
-        """Give each free worker the task that only it can do, else the dearest that anyone can.
-
-        Equal tasks go in the order of the graph, so that a schedule can be told beforehand.
-        """
+        """Offer each idle worker to the works, first come first served in their order."""
         instructions: list[Instruction] = []
-        for worker in sorted(self._free):
-            mine = [t for t in self._ready if self._nodes[t].worker in (worker, None)]
-            if not mine:
-                continue
-            task = min(mine, key=self._urgency)
-            self._ready.remove(task)
-            self._free.remove(worker)
-            self._move(task, "dealt")
-            self._running[task] = worker
-            instructions.append(Run(task, worker))
-        assert self._running or not self._unfinished, "tasks are left and none can run"
+        for worker in sorted(self._idle):
+            for work in self._works:
+                assignment = work.offer(worker)
+                if assignment is not None:
+                    assert assignment.id not in self._running, f"{assignment.id} is given twice"
+                    self._running[assignment.id] = (worker, assignment, work)
+                    self._idle.discard(worker)
+                    instructions.append(Run(assignment, worker))
+                    break
+        assert self._running or not self._idle, "there is work left that no worker is given"
         return instructions
 
-    def _urgency(self, task: str) -> tuple[bool, float, int]:
-        node = self._nodes[task]
-        return node.worker is None, -node.cost, self._rank[task]
+    def _take_back(self, assignment: str) -> Work:
+        worker, _, work = self._running.pop(assignment)
+        self._idle.add(worker)
+        return work
 
-    def _release(self, task: str) -> None:
-        self._move(task, "released")
-        self._ready.append(task)
+    def _given_to(self, worker: int) -> list[str]:
+        return [name for name, (doing, _, _) in self._running.items() if doing == worker]
+
+    def _step(self, assignment: str) -> tuple[str, int]:
+        """What trouble is counted against: a step of a block, whoever does it."""
+        task = self._running[assignment][1].task
+        return type(task).__name__, getattr(task, "block", -1)
 
     def _stop(self, *, complete: bool) -> list[Instruction]:
         self._stopped = True
         return [Stop(complete)]
-
-    def _move(self, task: str, cause: str) -> None:
-        self._state[task] = _NEXT[self._state[task], cause]
-
-
-def _needs(node: Node) -> set[str]:
-    return {*node.after, *(task for task, _ in node.inputs)}

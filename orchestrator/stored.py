@@ -16,7 +16,7 @@ from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
 from workers.evaluate import evaluate, unknown_tasks
 from workers.layout import JOB, MANIFEST, block_key
-from workers.store import Store, open_store
+from workers.store import LocalStore, Store, open_store
 from workers.variants import artifact
 
 
@@ -59,6 +59,8 @@ def kept_blocks(store: Store) -> tuple[int, int]:
 
 
 def jobs_in(store: Store) -> list[dict[str, Any]]:
+    if isinstance(store, LocalStore) and not Path(store.url).is_dir():
+        raise StoreError(f"there is no folder {store.url}: name the store, not a job in it")
     suffix = f"/{JOB}"
     names = [n.removesuffix(suffix) for n in store.list() if n.endswith(suffix)]
     return [job_status(open_store(f"{store.url}/{name}")) for name in names]

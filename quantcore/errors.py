@@ -4,6 +4,7 @@ QuantfleetError
  ├─ SpecError           2    the job file or a command's arguments
  ├─ SourceError         3    the model or the texts a job reads
  ├─ StoreError          3    where artifacts are kept
+ │   └─ LeaseError             another driver has the job
  ├─ ResourceError       4    workers, devices and memory
  └─ QuantizationError   5    the numbers themselves
      └─ SolveError           one Hessian that GPTQ cannot use
@@ -33,6 +34,10 @@ class StoreError(QuantfleetError):
     exit_code = 3
 
 
+class LeaseError(StoreError):
+    """Another driver is at work on the job, or has taken it over."""
+
+
 class ResourceError(QuantfleetError):
     exit_code = 4
 
@@ -51,6 +56,7 @@ BY_NAME: dict[str, type[QuantfleetError]] = {
         SpecError,
         SourceError,
         StoreError,
+        LeaseError,
         ResourceError,
         QuantizationError,
         SolveError,

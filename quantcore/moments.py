@@ -8,6 +8,8 @@ its range; `total` finishes it. One worker, or eight, or a resumed job: the same
 Shape suffixes: T = tokens, I = in_features.
 """
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +34,12 @@ def fixed_tree(chunks: int) -> dict[Span, int]:
             splits[first, last] = middle
             todo += [(first, middle), (middle, last)]
     return splits
+
+
+def band_rows(width: int, bands: int) -> list[tuple[int, int]]:
+    """Rows [first, last) that cut a square matrix's lower triangle into bands of like area."""
+    cuts = [round(width * math.sqrt(band / bands)) for band in range(bands + 1)]
+    return list(itertools.pairwise(cuts))
 
 
 @dataclass(slots=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from orchestrator.checks import check
-from orchestrator.driver import JobResult, Observer, run_job
+from orchestrator.driver import JobResult, run_job
 from orchestrator.executors import InProcessExecutor
+from orchestrator.loop import Observer
 from tests.conftest import ARCHITECTURES
 from workers.blocks import BlockModel, run_block
 from workers.sources import open_source

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from orchestrator.checks import check
-from orchestrator.driver import JobResult, Observer, run_job
+from orchestrator.driver import JobResult, run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.fetch import fetch
+from orchestrator.loop import Observer
 from workers.store import open_store
 
 JobFile = Callable[..., Path]
@@ -44,11 +45,11 @@ class _Dies(Observer):
         self._task = task
 
     def finished(self, node: Any, result: Any) -> None:
-        if node.id == self._task:
+        if node.id.startswith(self._task):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("task", ["outside", "publish/0", "solve/1/2/0", "publish/2"])
+@pytest.mark.parametrize("task", ["outside", "publish/0", "solve/1", "publish/2"])
 def test_a_job_that_died_goes_on_to_the_same_bytes(job_file: JobFile, task: str) -> None:
     whole = run_here(job_file("whole")).store
     job = job_file("broken")

@@ -1,230 +1,222 @@
-"""The scheduler as a table: any graph, any order of completion, no clock and no executor."""
+"""The very scheduler of a job under every order of events: no clock, no executor, no tensor."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.graph import Node
-from orchestrator.scheduler import (
-    Event,
-    Failed,
-    Finished,
-    Instruction,
-    Release,
-    Run,
-    Scheduler,
-    Started,
-    State,
-    Stop,
-    WorkerLost,
-)
-from workers.tasks import CopyOutside
+from orchestrator.bag import Bag
+from orchestrator.scheduler import MOST_LOSSES, Failed, Finished, Joined, Run, Scheduler, Stop
+from orchestrator.works import quantization_works
+from tests.fleet import Fleet
+from tests.samples import plan
+from workers.layout import OUTSIDE, block_key
+from workers.plan import Plan
+from workers.tasks import Collect, CopyOutside, Embed, Round
 
-TASK = CopyOutside()
+BLOCKS = 4
 
 
-@dataclass
-class Simulation:
-    """Carries instructions out, and holds each to what a scheduler may say at that moment."""
-
-    nodes: Sequence[Node]
-    workers: int
-    running: dict[str, int] = field(default_factory=dict)
-    finished: set[str] = field(default_factory=set)
-    released: set[str] = field(default_factory=set)
-    order: list[str] = field(default_factory=list)  # tasks as they were started
-    stopped: Stop | None = None
-
-    def __post_init__(self) -> None:
-        self.by_id = {node.id: node for node in self.nodes}
-        self.scheduler = Scheduler(self.nodes, self.workers)
-
-    def readers(self, task: str) -> set[str]:
-        return {n.id for n in self.nodes if any(source == task for source, _ in n.inputs)}
-
-    def send(self, event: Event) -> None:
-        if isinstance(event, Finished):
-            del self.running[event.task]
-            self.finished.add(event.task)
-        for instruction in self.scheduler.handle(event):
-            assert self.stopped is None, "an instruction after the last one"
-            self.carry_out(instruction)
-        if self.stopped is None:
-            self.check_nobody_waits_needlessly()
-            self.check_nothing_is_kept_needlessly()
-
-    def carry_out(self, instruction: Instruction) -> None:
-        match instruction:
-            case Run(task, worker):
-                node = self.by_id[task]
-                assert task not in self.order, "started twice"
-                assert set(node.after) <= self.finished
-                assert {source for source, _ in node.inputs} <= self.finished - self.released
-                assert node.worker in (None, worker)
-                assert worker in range(self.workers)
-                assert worker not in self.running.values(), "two tasks at once"
-                self.running[task] = worker
-                self.order.append(task)
-            case Release(task):
-                assert task not in self.released, "released twice"
-                assert task in self.finished
-                assert self.readers(task) <= self.finished
-                self.released.add(task)
-            case Stop():
-                self.stopped = instruction
-
-    def check_nobody_waits_needlessly(self) -> None:
-        idle = set(range(self.workers)) - set(self.running.values())
-        for node in self.nodes:
-            needs = {*node.after, *(source for source, _ in node.inputs)}
-            if node.id not in self.order and needs <= self.finished:
-                assert self.scheduler.state(node.id) is State.READY
-                assert not idle & ({node.worker} - {None} or idle)
-
-    def check_nothing_is_kept_needlessly(self) -> None:
-        for node in self.nodes:
-            readers = self.readers(node.id)
-            if readers and readers <= self.finished:
-                assert node.id in self.released
+def sharded(shards: int) -> dict[str, Any]:
+    return {"text": "/t", "sequences": 64, "length": 512, "shards": shards}
 
 
-@st.composite
-def graphs(draw: st.DrawFn) -> tuple[list[Node], int]:
-    """Any graph without circles, its tasks in any order, some pinned to a worker."""
-    workers = draw(st.integers(1, 4))
-    nodes: list[Node] = []
-    for number in range(draw(st.integers(0, 14))):
-        earlier = st.sampled_from([node.id for node in nodes]) if nodes else st.nothing()
-        after = draw(st.lists(earlier, max_size=3)) if nodes else []
-        inputs = draw(st.lists(st.tuples(earlier, st.integers(0, 2)), max_size=4)) if nodes else []
-        nodes.append(
-            Node(
-                id=f"t{number}",
-                task=TASK,
-                worker=draw(st.none() | st.integers(0, workers - 1)),
-                after=tuple(after),
-                inputs=tuple(inputs),
-                parts=3,
-                cost=draw(st.sampled_from([0.0, 1.0, 2.0])),
-            )
-        )
-    return draw(st.permutations(nodes)), workers
+SKIPPED = {"scheme": "int4", "overrides": [{"match": "model.layers.1.*", "skip": True}]}
+PLANS = {
+    "gptq": plan(BLOCKS),
+    "a block skipped": plan(BLOCKS, quantization=SKIPPED),
+    "few chunks": plan(BLOCKS, calibration={"text": "/t", "sequences": 3, "length": 4096}),
+    "two shards": plan(BLOCKS, calibration=sharded(2)),
+    "a shard for each block": plan(BLOCKS, calibration=sharded(BLOCKS)),
+    "rtn": plan(BLOCKS, quantization={"scheme": "int4", "method": "rtn"}, calibration=None),
+}
 
 
-@settings(deadline=None, max_examples=300)
-@given(graphs(), st.data())
-def test_every_task_runs_once_after_its_needs_and_the_job_ends(
-    graph: tuple[list[Node], int], data: st.DataObject
+def fleet(job: Plan, done: set[int] | None = None) -> Fleet:
+    done = done or set()
+    keys = {block_key(block) for block in done}
+    return Fleet(job, quantization_works(job, keys, chunk_bytes=10**6), done)
+
+
+def run_to_the_end(site: Fleet) -> None:
+    """Finish whatever was started first, until nothing is left."""
+    steps = 0
+    while site.stopped is None:
+        busy = site.busy()
+        assert busy, "nobody works, and the job is not at its end"
+        site.finish(min(busy, key=lambda n: site.started.index(site.workers[n].doing.id)))
+        steps += 1
+        assert steps < 3000, "no end in sight"
+
+
+def finish_at(site: Fleet, worker: int, pace: float) -> float:
+    """Finish what a worker does, at so many seconds a chunk."""
+    doing = site.workers[worker].doing
+    assert doing is not None
+    seconds = len(getattr(doing.task, "chunks", (0,))) * pace
+    site.finish(worker, seconds)
+    return seconds
+
+
+def check_whole(site: Fleet) -> None:
+    assert site.stopped == Stop(complete=True)
+    assert sorted({*site.done, *site.published}) == list(range(BLOCKS))
+    assert len(site.published) == BLOCKS - len(site.done)
+    assert site.results == {}, "a result is kept that nobody will read"
+
+
+@pytest.mark.parametrize("job", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 16, 40])
+def test_any_number_of_workers_ends_the_job(job: Plan, workers: int) -> None:
+    site = fleet(job)
+    site.join(workers)
+    run_to_the_end(site)
+    check_whole(site)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(sorted(PLANS)), st.sets(st.integers(0, BLOCKS - 1)), st.data())
+def test_no_order_of_events_loses_repeats_or_reorders_a_block(
+    name: str, done: set[int], data: st.DataObject
 ) -> None:
-    nodes, workers = graph
-    simulation = Simulation(nodes, workers)
-    simulation.send(Started())
-    while simulation.running:
-        assert simulation.stopped is None
-        simulation.send(Finished(data.draw(st.sampled_from(sorted(simulation.running)))))
-    assert simulation.stopped == Stop(complete=True)
-    assert Counter(simulation.order) == Counter(node.id for node in nodes)
-    assert all(simulation.scheduler.state(node.id) is State.FINISHED for node in nodes)
-    assert simulation.released == {node.id for node in nodes if simulation.readers(node.id)}
+    """Workers come, go with and without their results, and finish in any order at any pace."""
+    site = fleet(PLANS[name], done)
+    site.join(data.draw(st.integers(1, 4)))
+    for _ in range(data.draw(st.integers(0, 60))):
+        if site.stopped is not None:
+            break
+        choices = ["join"] if len(site.workers) < 6 else []
+        choices += ["finish"] * 6 if site.busy() else []
+        choices += ["lose"] if site.workers else []
+        match data.draw(st.sampled_from(choices)):
+            case "join":
+                site.join(data.draw(st.integers(1, 2)))
+            case "lose":
+                victim = data.draw(st.sampled_from(sorted(site.workers)))
+                site.lose(victim, parts_kept=data.draw(st.booleans()))
+            case "finish":
+                worker = data.draw(st.sampled_from(sorted(site.busy())))
+                site.finish(worker, data.draw(st.sampled_from([0.01, 1.0, 3.0, 50.0])))
+    if site.stopped is None:
+        site.join()
+        run_to_the_end(site)
+    if site.stopped == Stop(complete=False):
+        assert max(site.losses.values()) >= MOST_LOSSES
+    else:
+        check_whole(site)
 
 
-@settings(deadline=None)
-@given(graphs().filter(lambda graph: graph[0]), st.data(), st.booleans())
-def test_a_failure_stops_the_job_for_good(
-    graph: tuple[list[Node], int], data: st.DataObject, lost: bool
-) -> None:
-    simulation = Simulation(*graph)
-    simulation.send(Started())
-    for _ in range(data.draw(st.integers(0, len(graph[0]) - 1))):
-        simulation.send(Finished(data.draw(st.sampled_from(sorted(simulation.running)))))
-    task, worker = data.draw(st.sampled_from(sorted(simulation.running.items())))
-    simulation.send(WorkerLost(worker) if lost else Failed(task))
-    assert simulation.stopped == Stop(complete=False)
-    if not lost:
-        assert simulation.scheduler.state(task) is State.FAILED
-    for other in sorted(set(simulation.running) - {task}):
-        assert simulation.scheduler.handle(Finished(other)) == []
+def test_a_task_that_ends_every_worker_ends_the_job() -> None:
+    site = fleet(PLANS["gptq"])
+    site.join(MOST_LOSSES + 3)
+    lost = 0
+    while site.stopped is None:
+        collecting = [n for n in site.busy() if isinstance(site.workers[n].doing.task, Collect)]
+        if collecting:
+            site.lose(collecting[0], parts_kept=True)
+            lost += 1
+        else:
+            site.finish(site.busy()[0])
+    assert site.stopped == Stop(complete=False)
+    assert lost == MOST_LOSSES
 
 
-@settings(deadline=None)
-@given(graphs())
-def test_the_same_events_give_the_same_instructions(graph: tuple[list[Node], int]) -> None:
-    nodes, workers = graph
-    first, second = Simulation(nodes, workers), Simulation(nodes, workers)
-    first.send(Started())
-    second.send(Started())
-    while first.running:
-        task = sorted(first.running)[-1]
-        first.send(Finished(task))
-        second.send(Finished(task))
-        assert first.running == second.running
-    assert first.order == second.order
+def test_losses_of_different_blocks_do_not_add_up() -> None:
+    job = plan(12)
+    site = Fleet(job, quantization_works(job, ()))
+    site.join(2)
+    lost = set()
+    while site.stopped is None:
+        worker = site.busy()[0]
+        task = site.workers[worker].doing.task
+        if isinstance(task, Collect) and task.block not in lost:
+            lost.add(task.block)
+            site.lose(worker, parts_kept=False)
+            site.join()
+        else:
+            site.finish(worker)
+    assert len(lost) == 12
+    assert site.stopped == Stop(complete=True)
 
 
-def node(
-    name: str, *after: str, worker: int | None = None, cost: float = 0.0, reads: str = ""
-) -> Node:
-    inputs = tuple((source, 0) for source in reads.split())
-    return Node(id=name, task=TASK, worker=worker, after=after, inputs=inputs, cost=cost)
+def test_a_worker_that_joins_takes_its_share_over() -> None:
+    site = fleet(plan(12))
+    site.join()
+    while len(site.published) < 2:
+        finish_at(site, site.busy()[0], pace=1.0)
+    site.join()
+    while len(site.published) < 5:
+        for worker in site.busy():
+            finish_at(site, worker, pace=1.0)
+    held = [len(worker.held) for worker in site.workers.values()]
+    assert held == [8, 8]
 
 
-def test_nothing_to_do_is_done_at_once() -> None:
-    assert Scheduler([], 2).handle(Started()) == [Stop(complete=True)]
+def test_chunks_go_to_the_faster_worker() -> None:
+    """One worker is three times as fast: in the end it holds three quarters."""
+    site = fleet(plan(30))
+    site.join(2)
+    clock = {0: 0.0, 1: 0.0}
+    while len(site.published) < 15:
+        worker = min(site.busy(), key=lambda n: clock[n])
+        clock[worker] += finish_at(site, worker, pace=1.0 if worker == 0 else 3.0)
+    assert [len(worker.held) for worker in site.workers.values()] == [12, 4]
 
 
-def test_a_worker_does_first_what_only_it_can_do() -> None:
-    nodes = [node("any", cost=9.0), node("mine", worker=0), node("yours", worker=1)]
-    scheduler = Scheduler(nodes, 2)
-    assert scheduler.handle(Started()) == [Run("mine", 0), Run("yours", 1)]
-    assert scheduler.handle(Finished("yours")) == [Run("any", 1)]
+def test_a_loss_costs_the_lost_chunks_alone() -> None:
+    """The others' sums of the block in flight are not made again."""
+    site = fleet(PLANS["gptq"])
+    site.join(4)
+    while len(site.published) < 2 or not site.busy():
+        site.finish(site.busy()[0])
+    while not any(isinstance(w.doing.task, Collect) for w in site.workers.values() if w.doing):
+        site.finish(site.busy()[0])
+    before = len(site.started)
+    site.lose(3, parts_kept=False)
+    run_to_the_end(site)
+    again = [name for name in site.started[before:] if name.startswith("embed/")]
+    assert len(again) <= 3
+    check_whole(site)
 
 
-def test_the_dearest_goes_first_and_equals_go_in_the_order_of_the_graph() -> None:
-    nodes = [node("b"), node("a"), node("dear", cost=5.0), node("dearer", cost=6.0)]
-    scheduler = Scheduler(nodes, 1)
-    assert scheduler.handle(Started()) == [Run("dearer", 0)]
-    started = [scheduler.handle(Finished(task)) for task in ("dearer", "dear", "b")]
-    assert started == [[Run("dear", 0)], [Run("b", 0)], [Run("a", 0)]]
+def test_a_result_of_a_worker_already_given_up_is_put_away() -> None:
+    scheduler = Scheduler([Bag({"a": CopyOutside(1)})])
+    (run,) = scheduler.handle(Joined((0,)))
+    assert isinstance(run, Run)
+    assert [type(i).__name__ for i in scheduler.handle(Finished("earlier"))] == ["Release"]
+    assert scheduler.handle(Failed("earlier")) == []
+    assert scheduler.handle(Finished("a"))[-1] == Stop(complete=True)
+    assert scheduler.handle(Finished("a")) == []
 
 
-def test_parts_go_with_their_last_reader() -> None:
-    nodes = [node("made"), node("r1", reads="made"), node("r2", reads="made made")]
-    scheduler = Scheduler([*nodes, node("end", "r1", "r2")], 2)
-    assert scheduler.handle(Started()) == [Run("made", 0)]
-    assert scheduler.handle(Finished("made")) == [Run("r1", 0), Run("r2", 1)]
-    assert scheduler.handle(Finished("r2")) == []
-    assert scheduler.handle(Finished("r1")) == [Release("made"), Run("end", 0)]
-    assert scheduler.handle(Finished("end")) == [Stop(complete=True)]
+def test_a_failure_is_the_last_word() -> None:
+    scheduler = Scheduler([Bag({"a": Round(0, 1), "b": Round(1, 1)})])
+    scheduler.handle(Joined((0, 1)))
+    assert scheduler.handle(Failed("a")) == [Stop(complete=False)]
+    assert scheduler.handle(Finished("b")) == []
 
 
-def test_the_last_parts_are_released_before_the_end() -> None:
-    scheduler = Scheduler([node("made"), node("reader", reads="made")], 1)
-    scheduler.handle(Started())
-    scheduler.handle(Finished("made"))
-    assert scheduler.handle(Finished("reader")) == [Release("made"), Stop(complete=True)]
+def test_a_job_with_nothing_left_stops_at_once() -> None:
+    done = [OUTSIDE, *(block_key(block) for block in range(BLOCKS))]
+    scheduler = Scheduler(quantization_works(PLANS["gptq"], done))
+    assert scheduler.handle(Joined((0,))) == [Stop(complete=True)]
 
 
-@pytest.mark.parametrize(
-    "nodes", [[node("a"), node("a")], [node("a", "b")], [node("a", reads="b")]]
-)
-def test_a_graph_that_makes_no_sense_is_a_bug(nodes: list[Node]) -> None:
-    with pytest.raises(AssertionError):
-        Scheduler(nodes, 1)
+def test_a_resumed_job_catches_up_before_it_collects() -> None:
+    site = fleet(PLANS["gptq"], {0, 1})
+    site.join(2)
+    run_to_the_end(site)
+    kinds = [name.partition("/")[0] for name in site.started]
+    assert kinds[:2] == ["embed", "embed"]
+    assert kinds[2:6] == ["advance"] * 4
+    assert kinds[6:8] == ["collect"] * 2
+    check_whole(site)
 
 
-def test_tasks_that_wait_for_each_other_are_a_bug() -> None:
-    scheduler = Scheduler([node("a", "b"), node("b", "a")], 1)
-    with pytest.raises(AssertionError, match="none can run"):
-        scheduler.handle(Started())
-
-
-@pytest.mark.parametrize("event", [Finished("b"), Failed("b"), Finished("nobody")])
-def test_an_event_out_of_turn_is_a_bug(event: Event) -> None:
-    scheduler = Scheduler([node("a"), node("b", "a")], 1)
-    scheduler.handle(Started())
-    with pytest.raises(KeyError):
-        scheduler.handle(event)
+def test_first_chunks_are_dealt_evenly() -> None:
+    scheduler = Scheduler(quantization_works(PLANS["gptq"], ()))
+    runs = scheduler.handle(Joined((0, 1, 2)))
+    embeds = [run.assignment.task for run in runs if isinstance(run, Run)]
+    assert all(isinstance(task, Embed) for task in embeds)
+    assert sorted(len(task.chunks) for task in embeds) == [5, 5, 6]

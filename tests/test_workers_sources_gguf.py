@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.checks import check
-from orchestrator.driver import Observer, run_job
+from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.fetch import fetch
+from orchestrator.loop import Observer
 from quantcore.errors import SourceError
 from tests.conftest import BLOCKS, HIDDEN, INNER, VOCABULARY
 from workers.sources import open_source

@@ -130,6 +130,13 @@ class BlockModel:
         noted.calls = self._shared_calls.setdefault(tuple(ids_BL.shape), noted.calls)
         return noted
 
+    def calls(self, ids_BL: Tensor) -> list[Call]:
+        """How the blocks are called on token ids of this shape."""
+        shape = tuple(ids_BL.shape)
+        return (
+            self._shared_calls[shape] if shape in self._shared_calls else self.embed(ids_BL).calls
+        )
+
     def probe(self, ids_BL: Tensor, weights: dict[str, Tensor]) -> Inputs:
         """`embed` with weights that are given instead of read; the model is of no use after."""
         self.skeleton.load_state_dict(weights, strict=False, assign=True)

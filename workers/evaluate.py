@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,21 @@ metric_list:
 """
 
 
-def evaluate(model: Any, tokenizer: Any, spec: EvaluationSpec) -> dict[str, dict[str, float]]:
+Tell = Callable[[int, int], None]  # how many of how many forwards are done
+
+
+def evaluate(
+    model: Any, tokenizer: Any, spec: EvaluationSpec, tell: Tell = lambda done, total: None
+) -> dict[str, dict[str, float]]:
     """Metrics by task. Raises SpecError for a task that lm-eval does not know."""
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, _quiet(), torch.no_grad():
         tasks = list(spec.tasks)
         if spec.text is not None:
             tasks.insert(0, _write_text_task(Path(scratch), spec))
-        wrapped = HFLM(
+        wrapped = _watched_model(tell)(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
@@ -55,6 +59,31 @@ def evaluate(model: Any, tokenizer: Any, spec: EvaluationSpec) -> dict[str, dict
             bootstrap_iters=0,
         )
     return {name: _numbers(metrics) for name, metrics in results["results"].items()}
+
+
+def _watched_model(tell: Tell) -> Any:
+    """lm-eval's model, made to say how far it is: lm-eval itself only draws bars."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):  # type: ignore[misc]
+        done = total = 0
+
+        def loglikelihood(self, requests: Any, **options: Any) -> Any:
+            self.total += len(requests)
+            return super().loglikelihood(requests, **options)
+
+        def loglikelihood_rolling(self, requests: Any, **options: Any) -> Any:
+            tokens = (len(self.tok_encode(request.args[0])) for request in requests)
+            self.total += sum(-(-count // self.max_length) for count in tokens)
+            return super().loglikelihood_rolling(requests, **options)
+
+        def _model_call(self, *args: Any, **options: Any) -> Any:
+            logits = super()._model_call(*args, **options)
+            self.done += 1
+            tell(min(self.done, self.total), self.total)
+            return logits
+
+    return Watched
 
 
 def unknown_tasks(spec: EvaluationSpec) -> list[str]:

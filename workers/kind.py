@@ -6,22 +6,14 @@ from pathlib import Path
 
 import torch
 
-from quantcore.errors import ResourceError
 
-
-def pick_device(kind: str) -> str:
-    """'cuda', 'xpu' or 'cpu' for the kind a job asks for; 'auto' takes the first that is there."""
-    present = {
+def present_devices() -> tuple[str, ...]:
+    """What torch can compute on here, the fastest first."""
+    accelerators = {
         "cuda": torch.cuda.is_available(),
         "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
-        "cpu": True,
     }
-    if kind == "auto":
-        return next(name for name, there in present.items() if there)
-    if not present[kind]:
-        others = ", ".join(name for name, there in present.items() if there)
-        raise ResourceError(f"workers.kind: no {kind} device on this machine; it has: {others}")
-    return kind
+    return (*(name for name, there in accelerators.items() if there), "cpu")
 
 
 def hardware_kind(device: str) -> dict[str, str]:

@@ -15,6 +15,16 @@ INDEX = f"{MODEL}/model.safetensors.index.json"
 _READ_BYTES = 1 << 20
 
 
+def epoch_name(epoch: int) -> str:
+    """The record of the driver that is the so-manieth to drive a job."""
+    return f"ledger/epoch-{epoch:06d}.json"
+
+
+def beat_name(epoch: int) -> str:
+    """What a driver writes over and over while it lives."""
+    return f"ledger/beat-{epoch:06d}.json"
+
+
 def block_key(index: int) -> str:
     return f"block-{index:05d}"
 

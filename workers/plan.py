@@ -5,6 +5,7 @@ at the same one.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,8 @@ class Plan:
     search_range: bool
     calibration: CalibrationSpec | None
     contract: Contract
+    shards: int = 1  # runs of blocks that are calibrated at once
+    conditional_writes: bool = True  # of the store
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -106,6 +109,12 @@ class Plan:
                 yield from group.layers
         if self.head is not None:
             yield self.head
+
+    def shard_ranges(self) -> list[tuple[int, int]]:
+        """Blocks [first, last) of each shard, as even as whole numbers allow."""
+        blocks = len(self.blocks)
+        cuts = [shard * blocks // self.shards for shard in range(self.shards + 1)]
+        return list(itertools.pairwise(cuts))
 
     def micro_batches(self) -> int:
         assert self.calibration is not None

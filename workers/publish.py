@@ -26,6 +26,9 @@ from workers.sources import ModelSource
 from workers.store import Store
 from workers.tasks import SolvedGroup
 
+# tensors as stored, by name, and the report's line for each linear
+Encoded = tuple[dict[str, Tensor], list[dict[str, Any]]]
+
 
 def publish(
     store: Store, key: str, tensors: Mapping[str, Tensor], layers: list[dict[str, Any]]
@@ -84,7 +87,7 @@ def published_weights(
 
 def encode_solved(
     plan: Plan, groups: Iterable[GroupPlan], solved: Iterable[SolvedGroup], source: ModelSource
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+) -> Encoded:
     """A block's quantized tensors as stored, and the report's line for each linear."""
     tensors: dict[str, Tensor] = {}
     lines = []
@@ -115,9 +118,7 @@ def encode_solved(
     return tensors, lines
 
 
-def encode_rounded(
-    plan: Plan, layers: Iterable[LayerPlan], source: ModelSource
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def encode_rounded(plan: Plan, layers: Iterable[LayerPlan], source: ModelSource) -> Encoded:
     """Plain rounding of some linears: nearest codes, ranges from the extremes."""
     tensors: dict[str, Tensor] = {}
     lines = []

@@ -13,26 +13,28 @@ from torch import Tensor
 from quantcore.affine import Qparams, choose_qparams, dequantize, quantize, search_qparams
 from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
-from quantcore.moments import Moments, total
+from quantcore.moments import Moments, Span, total
 from workers.plan import LayerPlan, Plan
 from workers.sources import ModelSource
-from workers.tasks import GroupMoments, Solve, SolvedGroup, SolvedTile
+from workers.tasks import BandMoments, Solve, SolvedGroup, SolvedTile
+
+
+def reduce_band(collected: Iterable[BandMoments], chunks: int) -> BandMoments:
+    """All workers' sums for one row band, added up along the fixed tree."""
+    bands = list(collected)
+    moments = total(_nodes(bands, torch.device("cpu")), chunks)
+    whole = (moments.sum_II.numpy(), moments.tokens, moments.dropped)
+    return BandMoments(bands[0].first_row, {(0, chunks): whole})
 
 
 def solve_group(
     plan: Plan,
     task: Solve,
-    collected: Iterable[GroupMoments],
+    collected: Iterable[BandMoments],
     source: ModelSource,
     device: torch.device,
 ) -> SolvedGroup:
-    nodes = {
-        span: Moments(torch.tensor(sum_II, device=device), tokens, dropped)
-        for part in collected
-        for span, (sum_II, tokens, dropped) in part.nodes.items()
-    }
-    moments = total(nodes, plan.contract.chunks)
-    nodes.clear()
+    moments = _whole(collected, plan.contract.chunks, device)
     h_II = moments.mean()
     stacks = plan.blocks[task.block].groups[task.group].stacks()
     facts: dict[str, Any] = {"tokens": moments.tokens, "dropped": moments.dropped}
@@ -54,6 +56,28 @@ def solve_group(
             part_OI = w_OI[first:last].to(device)
             tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, h_II, factor))
     return SolvedGroup(task.group, tuple(tiles), facts)
+
+
+def _whole(collected: Iterable[BandMoments], chunks: int, device: torch.device) -> Moments:
+    """One LinearGroup's moments, from bands that are reduced or are still everyone's own."""
+    by_row: dict[int, list[BandMoments]] = {}
+    for part in collected:
+        by_row.setdefault(part.first_row, []).append(part)
+    bands = {row: total(_nodes(parts, device), chunks) for row, parts in by_row.items()}
+    width = max(band.sum_II.shape[1] for band in bands.values())
+    sum_II = torch.zeros(width, width, device=device)
+    for row, band in bands.items():
+        rows, columns = band.sum_II.shape
+        sum_II[row : row + rows, :columns] = band.sum_II
+    return Moments(sum_II, bands[0].tokens, bands[0].dropped)
+
+
+def _nodes(parts: Iterable[BandMoments], device: torch.device) -> dict[Span, Moments]:
+    return {
+        span: Moments(torch.tensor(sum_RI, device=device), tokens, dropped)
+        for part in parts
+        for span, (sum_RI, tokens, dropped) in part.nodes.items()
+    }
 
 
 def stacked_weights(stack: list[LayerPlan], source: ModelSource) -> Tensor:

@@ -1,7 +1,8 @@
 """The work there is, as plain data. A task says what to do; `Worker.run` says how.
 
 Tasks travel between machines, so they hold names and numbers alone. Tensors go from task to task
-as numbered parts of a result, which the driver only ever points at.
+as numbered parts of a result, which the driver only ever points at. Tasks that publish name the
+epoch of the driver that asks (orchestrator/lease.py): once there is a later one, they refuse.
 """
 
 from dataclasses import dataclass, field
@@ -23,17 +24,51 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Embed:
-    """Take chunks [first, last) of the calibration sequences up to the first block."""
+    """Take chunks of the calibration sequences up to the first block, and keep them."""
 
-    first_chunk: int
-    last_chunk: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hand:
+    """Give away chunks that this worker holds. One part per chunk."""
+
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Hold chunks that others gave away."""
+
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget chunks."""
+
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """Run a block on this worker's sequences and add up its inputs. One part per LinearGroup."""
+    """Run a block on chunks that this worker holds and add up the inputs of its LinearGroups.
+
+    One part per row band, group after group.
+    """
 
     block: int
+    chunks: tuple[int, ...]
+    bands: tuple[int, ...]  # per LinearGroup: how many its Hessian is cut into
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Finish the tree of sums for one row band of a LinearGroup's Hessian."""
+
+    block: int
+    group: int
+    band: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +85,28 @@ class Publish:
     """Put a solved block together and publish it."""
 
     block: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """Take this worker's sequences through a published block."""
+    """Take chunks that this worker holds through a block: as published, or as the source has it."""
 
     block: int
+    chunks: tuple[int, ...]
+    published: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """Run chunks that this worker holds through blocks [first, last) of the source.
+
+    The worker's own copy stays where it is. One part per chunk.
+    """
+
+    first: int
+    last: int
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +114,14 @@ class Round:
     """Quantize a block by plain rounding and publish it: no calibration needed."""
 
     block: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class CopyOutside:
     """Publish what belongs to no block: embeddings, final norm, output head."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +132,42 @@ class Evaluate:
     spec: EvaluationSpec
 
 
-Task = Survey | Embed | Collect | Solve | Publish | Advance | Round | CopyOutside | Evaluate
+Task = (
+    Survey
+    | Embed
+    | Hand
+    | Take
+    | Drop
+    | Collect
+    | Reduce
+    | Solve
+    | Publish
+    | Advance
+    | Boundary
+    | Round
+    | CopyOutside
+    | Evaluate
+)
 
 FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMoments:
-    """One worker's nodes of the fixed tree for one LinearGroup."""
+class HeldChunk:
+    """A chunk's hidden states as the input of a block: one array of bytes per micro-batch."""
 
+    block: int
+    hidden: tuple[npt.NDArray[np.uint8], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BandMoments:
+    """Some nodes of the fixed tree, in rows [first, last) of one LinearGroup's Hessian.
+
+    Rows of the lower triangle alone count, so a band has `last` columns.
+    """
+
+    first_row: int
     nodes: dict[Span, tuple[FloatArray, int, int]]  # sum of x x^T, tokens, dropped tokens
 
 

@@ -3,65 +3,64 @@
 It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 """
 
-import contextlib
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.spec import EvaluationSpec
-from quantcore.errors import ResourceError, SourceError
-from quantcore.moments import Moments, MomentTree
-from workers.blocks import BlockModel, Inputs, linears_of, run_block
-from workers.calibration import token_windows
-from workers.evaluate import evaluate
+from quantcore.errors import LeaseError, ResourceError
+from workers.blocks import BlockModel, run_block
+from workers.collecting import Collector
+from workers.evaluate import Tell, evaluate
+from workers.held import Held, pack
 from workers.kind import make_repeatable
-from workers.layout import OUTSIDE, block_key
-from workers.plan import BlockPlan, Plan
-from workers.publish import encode_rounded, encode_solved, publish, published_weights
-from workers.solving import solve_group
+from workers.layout import OUTSIDE, block_key, epoch_name
+from workers.plan import Plan
+from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
+from workers.solving import reduce_band, solve_group
 from workers.sources import open_source
-from workers.store import open_store
+from workers.store import STORE_PATIENCE_S, open_store
+from workers.survey import survey
 from workers.tasks import (
     Advance,
+    Boundary,
     Collect,
     CopyOutside,
+    Drop,
     Embed,
     Evaluate,
-    GroupMoments,
+    Hand,
     Outcome,
     Publish,
+    Reduce,
     Round,
     Solve,
     SolvedGroup,
     Survey,
+    Take,
     Task,
 )
 from workers.variants import original, rounded, stored_artifact
 
 
-@dataclass(slots=True)
-class _MicroBatch:
-    number: int
-    inputs: Inputs
-
-
-class _AllSeenError(Exception):
-    """The last LinearGroup has seen its input: the rest of the block's forward is not needed."""
-
-
 class Worker:
-    def __init__(self, plan: Plan, device: str) -> None:
+    """`tell` is called during long tasks with how many of how many steps are done."""
+
+    def __init__(self, plan: Plan, device: str, tell: Tell = lambda done, total: None) -> None:
         make_repeatable(plan.contract.threads)
         self._plan = plan
         self._device = torch.device(device)
         self._source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
-        self._store = open_store(plan.store)
+        conditional = plan.conditional_writes
+        self._store = open_store(
+            plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S
+        )
         self._model = BlockModel(self._source, plan.torch_dtype, self._device)
-        self._batches: list[_MicroBatch] = []
+        self._held = Held(plan, self._source, self._model)
+        self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
+        self._tell = tell
 
     def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
         """Do one task. `inputs` are the parts of earlier results that it was promised.
@@ -69,6 +68,8 @@ class Worker:
         Raises the error tree's errors; running out of memory, on the host or the device, is one
         of them.
         """
+        if not isinstance(task, Boundary):
+            self._source_blocks.clear()
         try:
             return self._run(task, inputs)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -76,94 +77,101 @@ class Worker:
                 f"{self._device} ran out of memory in {type(task).__name__}: {error}"
             ) from None
 
-    def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911
+    def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911, PLR0912 - a table
         match task:
             case Survey(names):
-                return Outcome({"hashes": self._survey(names)})
-            case Embed(first, last):
-                return self._embed(first, last)
-            case Collect(block):
-                return self._collect(block)
+                return Outcome({"hashes": survey(self._source, names)})
+            case Embed(chunks):
+                self._held.embed(chunks)
+                return Outcome()
+            case Hand(chunks):
+                return Outcome({}, self._held.hand(chunks))
+            case Take(chunks):
+                self._held.take(chunks, inputs)
+                return Outcome()
+            case Drop(chunks):
+                self._held.drop(chunks)
+                return Outcome()
+            case Collect():
+                return self._collect(task)
+            case Reduce():
+                return Outcome({}, (reduce_band(inputs, self._plan.contract.chunks),))
             case Solve():
                 solved = solve_group(self._plan, task, inputs, self._source, self._device)
                 return Outcome({}, (solved,))
-            case Publish(block):
-                return self._publish(block, inputs)
-            case Advance(block):
-                return self._advance(block)
-            case Round(block):
+            case Publish():
+                return self._publish(task, inputs)
+            case Advance():
+                return self._advance(task)
+            case Boundary():
+                return self._boundary(task)
+            case Round(block, epoch):
                 layers = list(self._plan.blocks[block].quantized())
-                tensors, lines = encode_rounded(self._plan, layers, self._source)
-                kept = self._model.block_tensors(block)
-                return self._put(block_key(block), tensors, lines, kept)
-            case CopyOutside():
+                encoded = encode_rounded(self._plan, layers, self._source)
+                return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
+            case CopyOutside(epoch):
                 head = [self._plan.head] if self._plan.head else []
-                tensors, lines = encode_rounded(self._plan, head, self._source)
-                return self._put(OUTSIDE, tensors, lines, self._model.outside_tensors())
+                encoded = encode_rounded(self._plan, head, self._source)
+                return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate(variant, spec):
                 return self._evaluate(variant, spec)
 
-    def _survey(self, names: tuple[str, ...]) -> dict[str, str]:
-        hashes = {}
-        for name, tensor in self._source.read(names):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                bad = int((~tensor.isfinite()).sum().item())
-                raise SourceError(
-                    f"'{name}' in {self._source.path} has {bad} values that are not finite "
-                    "(NaN or infinity): fetch the model again"
-                )
-            data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-            hashes[name] = hashlib.sha256(data.data).hexdigest()
-        return hashes
+    def _collect(self, task: Collect) -> Outcome:
+        block = self._model.block(task.block)
+        plan, chunks = self._plan.blocks[task.block], self._plan.contract.chunks
+        prefix = self._model.prefix(task.block)
+        collector = Collector(block, prefix, plan, chunks, self._device)
+        for chunk in sorted(task.chunks):
+            collector.run(chunk, task.block, self._held.at(chunk, task.block))
+        return Outcome({}, collector.parts(task.bands))
 
-    def _embed(self, first: int, last: int) -> Outcome:
-        spec = self._plan.calibration
-        assert spec is not None
-        windows = token_windows(spec, self._source.tokenizer())
-        size = self._plan.contract.micro_batch
-        self._batches = [
-            _MicroBatch(number, self._model.embed(windows[number * size : (number + 1) * size]))
-            for number in self._plan.micro_batches_of(first, last)
-        ]
-        self._model.release_outside()
-        return Outcome(
-            {"tokens": sum(b.inputs.hidden_BLH.shape[:2].numel() for b in self._batches)}
-        )
+    def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
+        groups = self._plan.blocks[task.block].groups
+        encoded = encode_solved(self._plan, groups, solved, self._source)
+        names = self._model.block_tensors(task.block)
+        return self._put(task.epoch, block_key(task.block), encoded, names)
 
-    def _collect(self, index: int) -> Outcome:
-        plan = self._plan.blocks[index]
-        block = self._model.block(index)
-        trees = _watch(block, self._model.prefix(index), plan, self._plan, self._device)
-        for batch in self._batches:
-            trees.chunk = self._plan.chunk_of(batch.number)
-            with contextlib.suppress(_AllSeenError):
-                run_block(block, batch.inputs.calls[index], batch.inputs.hidden_BLH)
-        return Outcome({}, trees.parts())
-
-    def _publish(self, index: int, solved: tuple[SolvedGroup, ...]) -> Outcome:
-        groups = self._plan.blocks[index].groups
-        tensors, lines = encode_solved(self._plan, groups, solved, self._source)
-        return self._put(block_key(index), tensors, lines, self._model.block_tensors(index))
-
-    def _put(
-        self, key: str, tensors: dict[str, Tensor], lines: list[dict[str, Any]], names: list[str]
-    ) -> Outcome:
+    def _put(self, epoch: int, key: str, encoded: Encoded, names: list[str]) -> Outcome:
         """Publish the new tensors with, bit for bit, those of the checkpoint that stay."""
+        if self._store.exists(epoch_name(epoch + 1)):
+            raise LeaseError(f"another driver has taken {self._store.url} over: this one stops")
+        tensors, lines = encoded
         replaced = {f"{line['layer']}.weight" for line in lines}
         kept = dict(self._source.read(name for name in names if name not in replaced))
         return Outcome({"record": publish(self._store, key, {**kept, **tensors}, lines)})
 
-    def _advance(self, index: int) -> Outcome:
-        layers = list(self._plan.blocks[index].quantized())
-        weights = published_weights(self._store, block_key(index), self._plan, layers)
+    def _advance(self, task: Advance) -> Outcome:
+        index = task.block
+        weights = {}
+        if task.published:
+            layers = list(self._plan.blocks[index].quantized())
+            weights = published_weights(self._store, block_key(index), self._plan, layers)
         block = self._model.block(index, replace=weights)
-        for batch in self._batches:
-            inputs = batch.inputs
-            inputs.hidden_BLH = run_block(block, inputs.calls[index], inputs.hidden_BLH)
+        for chunk in task.chunks:
+            for inputs in self._held.at(chunk, index):
+                inputs.hidden_BLH = run_block(block, inputs.calls[index], inputs.hidden_BLH)
+            self._held.advanced(chunk)
         return Outcome()
 
+    def _boundary(self, task: Boundary) -> Outcome:
+        """The blocks stay loaded from chunk to chunk, until the shard's own work begins."""
+        parts = []
+        for chunk in task.chunks:
+            hidden = [inputs.hidden_BLH for inputs in self._held.at(chunk, task.first)]
+            calls = [inputs.calls for inputs in self._held.at(chunk, task.first)]
+            for index in range(task.first, task.last):
+                if index not in self._source_blocks:
+                    self._source_blocks[index] = self._model.block(index)
+                block = self._source_blocks[index]
+                hidden = [
+                    run_block(block, call[index], hidden_BLH)
+                    for call, hidden_BLH in zip(calls, hidden, strict=True)
+                ]
+            parts.append(pack(task.last, hidden))
+        return Outcome({}, tuple(parts))
+
     def _evaluate(self, variant: str, spec: EvaluationSpec) -> Outcome:
-        self._batches = []
+        self._held.clear()
         self._model.release_outside()
         dtype = self._plan.torch_dtype
         tokenizer = self._source.tokenizer()
@@ -173,55 +181,5 @@ class Worker:
             model = rounded(self._source, dtype, self._plan)
         else:
             model, tokenizer = stored_artifact(self._store, dtype)
-        return Outcome({"metrics": evaluate(model.to(self._device), tokenizer, spec)})
-
-
-class _Watch:
-    """Hooks on the first linear of each LinearGroup that add its input to a tree of moments."""
-
-    def __init__(self, trees: list[MomentTree | None]) -> None:
-        self.trees = trees
-        self.chunk = 0
-
-    def parts(self) -> tuple[GroupMoments, ...]:
-        parts = []
-        for tree in self.trees:
-            nodes = {}
-            if tree is not None:
-                tree.close()
-                nodes = {span: _portable(moments) for span, moments in tree.nodes.items()}
-            parts.append(GroupMoments(nodes))
-        return tuple(parts)
-
-
-def _watch(
-    block: nn.Module, prefix: str, plan: BlockPlan, job: Plan, device: torch.device
-) -> _Watch:
-    modules = {prefix + name: module for name, module in linears_of(block)}
-    chunks = job.contract.chunks
-    watch = _Watch(
-        [
-            MomentTree(chunks, group.in_features, device) if group.quantized() else None
-            for group in plan.groups
-        ]
-    )
-    watched = [index for index, tree in enumerate(watch.trees) if tree is not None]
-    for index in watched:
-        first = modules[plan.groups[index].layers[0].name]
-        first.register_forward_pre_hook(_hook(watch, index, last=index == watched[-1]))
-    return watch
-
-
-def _hook(watch: _Watch, index: int, last: bool) -> Any:
-    def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        tree = watch.trees[index]
-        assert tree is not None
-        tree.add(watch.chunk, args[0].flatten(0, -2))
-        if last:
-            raise _AllSeenError
-
-    return add
-
-
-def _portable(moments: Moments) -> tuple[Any, int, int]:
-    return moments.sum_II.cpu().numpy(), moments.tokens, moments.dropped
+        metrics = evaluate(model.to(self._device), tokenizer, spec, self._tell)
+        return Outcome({"metrics": metrics})

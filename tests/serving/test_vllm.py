@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from orchestrator.checks import check
-from orchestrator.driver import Observer, run_job
+from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.fetch import fetch
+from orchestrator.loop import Observer
 from workers.store import open_store
 
 pytestmark = pytest.mark.vllm

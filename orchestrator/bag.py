@@ -1,0 +1,49 @@
+"""Tasks that stand for themselves: any worker, any order, again if a worker is lost."""
+
+from collections.abc import Collection, Mapping
+
+from orchestrator.scheduler import Assignment
+from workers.tasks import Task
+
+_AGAIN = "~"
+
+
+def name_of(assignment: Assignment) -> str:
+    """The task's own name, whichever try it was."""
+    return assignment.id.partition(_AGAIN)[0]
+
+
+class Bag:
+    """The tasks by name, dealt in the order given. None of them has parts that others read."""
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self._left = dict(tasks)
+        self._tries: dict[str, int] = dict.fromkeys(tasks, 0)
+        self._running: dict[str, tuple[str, Task]] = {}
+
+    def joined(self, worker: int) -> None: ...
+
+    def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
+        return []
+
+    def offer(self, worker: int) -> Assignment | None:
+        if not self._left:
+            return None
+        name = next(iter(self._left))
+        task = self._left.pop(name)
+        self._tries[name] += 1
+        again = f"{_AGAIN}{self._tries[name]}" if self._tries[name] > 1 else ""
+        self._running[name + again] = (name, task)
+        return Assignment(id=name + again, task=task)
+
+    def finished(self, assignment: str, seconds: float) -> list[str]:
+        del self._running[assignment]
+        return []
+
+    def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
+        name, task = self._running.pop(assignment)
+        self._left = {name: task, **self._left}  # first again: its place in line was first
+        return []
+
+    def complete(self) -> bool:
+        return not self._left and not self._running

@@ -1,0 +1,193 @@
+"""One block on its way from collected moments to its published file.
+
+    collect (every chunk once) -> reduce (wide groups, by row bands) -> solve (by row tiles)
+        -> publish
+
+Results stay where they were made until the block is published, so that whatever is lost on the
+way is made again from what is not.
+"""
+
+import itertools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from orchestrator.scheduler import Assignment, Part
+from workers.plan import GroupPlan, Plan
+from workers.tasks import Collect, Publish, Reduce, Round, Solve, Task
+
+BAND_BYTES = 32 * 2**20  # Hessians from here on are reduced in bands, one for each worker
+MOST_BAND_BYTES = 256 * 2**20
+
+
+@dataclass(slots=True)
+class Step:
+    """Something that is done once: waiting, then running, then done by a worker."""
+
+    task: Task
+    cost: float = 0.0
+    running: str | None = None  # the assignment
+    done: str | None = None
+    by: int | None = None
+
+    @property
+    def waiting(self) -> bool:
+        return self.running is None and self.done is None
+
+
+@dataclass(slots=True)
+class BlockWork:
+    plan: Plan
+    index: int
+    hands: int  # workers to spread over: decides pieces and bands, and no bit of the result
+    epoch: int  # of the driver
+    collects: list[Step] = field(default_factory=list)
+    reduces: dict[tuple[int, int], Step] = field(default_factory=dict)  # by group and band
+    solves: list[Step] = field(default_factory=list)
+    publish: Step = field(init=False)
+    _bands: tuple[int, ...] = ()
+    _serial: "itertools.count[int]" = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        groups = self.plan.blocks[self.index].groups
+        if not self.calibrated:
+            self.publish = Step(Round(self.index, self.epoch))
+            return
+        self.publish = Step(Publish(self.index, self.epoch))
+        self._bands = tuple(band_count(g.in_features, self.hands) for g in groups)
+        for number, group in enumerate(groups):
+            if self._bands[number] > 1 and group.quantized():
+                for band in range(self._bands[number]):
+                    self.reduces[number, band] = Step(Reduce(self.index, number, band))
+            for tiles in _pieces(self.plan, group, self.hands):
+                cost = _solve_cost(self.plan, group, len(tiles))
+                self.solves.append(Step(Solve(self.index, number, tiles), cost))
+        self.solves.sort(key=lambda step: -step.cost)
+
+    @property
+    def calibrated(self) -> bool:
+        return any(group.quantized() for group in self.plan.blocks[self.index].groups)
+
+    @property
+    def published(self) -> bool:
+        return self.publish.done is not None
+
+    def uncollected(self, chunks: Iterable[int]) -> tuple[int, ...]:
+        if not self.calibrated:
+            return ()
+        taken = {chunk for step in self.collects for chunk in _chunks(step)}
+        return tuple(chunk for chunk in chunks if chunk not in taken)
+
+    def collect(self, chunks: tuple[int, ...]) -> Assignment:
+        step = Step(Collect(self.index, chunks, self._bands))
+        self.collects.append(step)
+        return self._start(step, parts=sum(self._bands))
+
+    def offer(self, worker: int) -> Assignment | None:
+        """What anyone could do now, the dearest first: the others wait for it."""
+        if not self.calibrated:
+            return self._start(self.publish) if self.publish.waiting else None
+        if any(step.done is None for step in self.collects) or self.uncollected(
+            range(self.plan.contract.chunks)
+        ):
+            return None
+        for (group, band), step in self.reduces.items():
+            if step.waiting:
+                part = sum(self._bands[:group]) + band
+                return self._start(step, [(_done(c), part) for c in self.collects], parts=1)
+        for step in self.solves:
+            if step.waiting and (inputs := self._hessian(step)) is not None:
+                return self._start(step, inputs, parts=1)
+        if self.publish.waiting and all(step.done for step in self.solves):
+            return self._start(self.publish, [(_done(step), 0) for step in self.solves])
+        return None
+
+    def finished(self, assignment: str, worker: int) -> Step:
+        step = self._step(assignment)
+        step.running, step.done, step.by = None, assignment, worker
+        return step
+
+    def returned(self, assignment: str, missing: Collection[str]) -> list[str]:
+        step = self._step(assignment)
+        step.running = None
+        if isinstance(step.task, Collect):
+            self.collects.remove(step)
+        return self._undo(step for step in self._steps() if step.done in missing)
+
+    def lost(self, worker: int) -> list[str]:
+        """The results of a worker are gone."""
+        return self._undo(s for s in self._steps() if s.done is not None and s.by == worker)
+
+    def results(self) -> list[str]:
+        """The assignments whose parts are still kept."""
+        return [step.done for step in self._steps() if step.done is not None]
+
+    def _undo(self, steps: Iterable[Step]) -> list[str]:
+        released = []
+        for step in list(steps):
+            released.append(_done(step))
+            step.done = step.by = None
+            if isinstance(step.task, Collect):
+                self.collects.remove(step)
+        return released
+
+    def _hessian(self, solve: Step) -> list[Part] | None:
+        """The parts that make up the Hessian of a group; None while bands are not reduced."""
+        assert isinstance(solve.task, Solve)
+        group = solve.task.group
+        bands = [step for (number, _), step in self.reduces.items() if number == group]
+        if any(step.done is None for step in bands):
+            return None
+        if bands:
+            return [(_done(step), 0) for step in bands]
+        return [(_done(step), sum(self._bands[:group])) for step in self.collects]
+
+    def _start(self, step: Step, inputs: Iterable[Part] = (), parts: int = 0) -> Assignment:
+        kind = type(step.task).__name__.lower()
+        step.running = f"{kind}/{self.index}/{next(self._serial)}"
+        return Assignment(id=step.running, task=step.task, inputs=tuple(inputs), parts=parts)
+
+    def _step(self, assignment: str) -> Step:
+        return next(step for step in self._all() if step.running == assignment)
+
+    def _all(self) -> Iterable[Step]:
+        return [*self.collects, *self.reduces.values(), *self.solves, self.publish]
+
+    def _steps(self) -> Iterable[Step]:
+        """Those whose results have parts; a published block has no way back."""
+        return [*self.collects, *self.reduces.values(), *self.solves]
+
+
+def band_count(width: int, hands: int) -> int:
+    """How many row bands a Hessian's lower triangle is cut into: one where it is small."""
+    num_bytes = 2 * width**2
+    if hands == 1 or num_bytes < BAND_BYTES:
+        return 1
+    return max(hands, -(-num_bytes // MOST_BAND_BYTES))
+
+
+def _chunks(step: Step) -> tuple[int, ...]:
+    assert isinstance(step.task, Collect)
+    return step.task.chunks
+
+
+def _done(step: Step) -> str:
+    assert step.done is not None
+    return step.done
+
+
+def _pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, int], ...]]:
+    """A group's row tiles in at most one piece per hand; each hand factors H for itself."""
+    tiles = [
+        (stack, tile)
+        for stack, layers in enumerate(group.stacks())
+        for tile in range(len(plan.row_tiles(layers)))
+    ]
+    pieces = min(hands, len(tiles))
+    cuts = [piece * len(tiles) // pieces for piece in range(pieces + 1)] if pieces else []
+    return [tuple(tiles[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:
+    """Multiplications: one factorization, then every row of every tile against every column."""
+    width = float(group.in_features)
+    return width**3 + 2 * tiles * plan.contract.row_tile * width**2

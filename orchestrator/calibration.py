@@ -1,0 +1,316 @@
+"""Calibrated quantization of consecutive blocks by workers that come and go.
+
+Each block sees inputs that passed through the quantized blocks before it, so blocks go in order.
+What a worker should do next is read off the state whenever it is idle:
+
+    hand over chunks that another is to have, take over chunks that wait for it,
+    catch up: take its chunks through blocks that are published already,
+    show the next shard what its chunks are after this one, at full precision,
+    collect the moments of its chunks, adopt chunks that nobody holds,
+    reduce, solve, publish: whatever is next for the block.
+
+So a failure needs no plan of its own. A lost worker's chunks become orphans, its unread results
+count as not there, and the same rules make both again; a job that is taken up from the ledger
+starts with every chunk an orphan and some blocks published.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from orchestrator.block import BlockWork
+from orchestrator.holdings import NOWHERE, Chunk, Holdings
+from orchestrator.scheduler import Assignment
+from workers.plan import Plan
+from workers.tasks import Advance, Boundary, Collect, Drop, Embed, Hand, Take, Task
+
+_TRANSFER_BYTES_PER_S = 200e6  # until a transfer was seen
+_MOST_WAITING = 2  # chunks shown to a shard and not yet taken, for each of its workers
+
+
+@dataclass(slots=True)
+class _Trip:
+    """An assignment under way that moves chunks rather than the block."""
+
+    worker: int
+    task: Task
+    chunks: tuple[int, ...]
+
+
+class Shard:
+    """`blocks` of the plan, of which some are `done`.
+
+    The first shard's inputs are the embedded texts. Another's are the hidden states of the model
+    as the source has it: from the shard `before` it, or where that has moved on, by a replay.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: range,
+        done: Collection[int],
+        *,
+        before: "Shard | None" = None,
+        epoch: int = 0,
+        chunk_bytes: int = 1,
+    ) -> None:
+        self._plan = plan
+        self._blocks = blocks
+        self._epoch = epoch
+        self._holdings = Holdings(plan.contract.chunks)
+        self._left = [block for block in blocks if block not in done]
+        self._chunk_bytes = chunk_bytes
+        self._transfer = _TRANSFER_BYTES_PER_S
+        self._trips: dict[str, _Trip] = {}
+        self._workers_of: dict[str, int] = {}  # the block's assignments under way
+        self._hands: dict[str, tuple[int, set[int]]] = {}  # parts: who gave them, chunks not taken
+        self._gone: set[str] = set()  # of those, the ones that were lost
+        self._serial = 0
+        self._block: BlockWork | None = None
+        self._before = before
+        self._after: Shard | None = None
+        self._shown: set[int] = set()  # chunks that the next shard was shown
+        if before is not None:
+            before._after = self
+
+    @property
+    def members(self) -> int:
+        return len(self._holdings.paces)
+
+    @property
+    def blocks_left(self) -> int:
+        return len(self._left)
+
+    def joined(self, worker: int) -> None:
+        self._holdings.joined(worker)
+
+    def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
+        """Whoever it worked for: its results may be of use here."""
+        released = [] if parts_kept else self._forget_handed_by(worker)
+        self._holdings.lost(worker)
+        if self._block is not None and not parts_kept:
+            released += self._block.lost(worker)
+        return released
+
+    def complete(self) -> bool:
+        return not self._left
+
+    def offer(self, worker: int) -> Assignment | None:
+        if self.complete() or worker not in self._holdings.paces:
+            return None
+        block = self._current()
+        steps = (
+            self._hand,
+            self._take,
+            self._show_before_leaving,
+            self._catch_up,
+            self._show,
+            self._collect,
+            self._adopt,
+        )
+        for step in steps if block.calibrated else ():
+            if (assignment := step(worker, block)) is not None:
+                return assignment
+        assignment = block.offer(worker)
+        if assignment is not None:
+            self._workers_of[assignment.id] = worker
+        return assignment
+
+    def finished(self, assignment: str, seconds: float) -> list[str]:
+        if assignment in self._workers_of:
+            return self._finish_step(assignment, seconds)
+        trip = self._trips.pop(assignment)
+        each = seconds / len(trip.chunks)
+        match trip.task:
+            case Embed(chunks):
+                self._holdings.settle(chunks, trip.worker, 0)
+                self._holdings.paces[trip.worker].note("Embed", each)
+            case Advance(index, chunks):
+                self._holdings.settle(chunks, trip.worker, index + 1)
+                self._holdings.paces[trip.worker].note("Advance", each)
+            case Boundary(chunks=chunks):
+                self._shown.update(chunks)
+                assert self._after is not None
+                return self._after._receive(assignment, trip.worker, chunks)
+            case Hand(chunks):
+                self._hands[assignment] = (trip.worker, set(chunks))
+                for part, number in enumerate(chunks):
+                    chunk = self._holdings.chunks[number]
+                    chunk.owner, chunk.handed = None, (assignment, part)
+            case Take(chunks):
+                return self._taken(trip.worker, chunks, each)
+            case Drop(chunks):
+                self._holdings.orphan(chunks)
+        return []
+
+    def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
+        if assignment in self._workers_of:
+            del self._workers_of[assignment]
+            assert self._block is not None
+            return self._block.returned(assignment, missing)
+        trip = self._trips.pop(assignment)
+        if isinstance(trip.task, Embed):
+            self._holdings.orphan(trip.chunks)
+        if isinstance(trip.task, Take):
+            gone = self._gone.union(missing)
+            lost = [n for n in trip.chunks if self._handed_from(n) in gone]
+            for number in trip.chunks:
+                self._holdings.chunks[number].owner = None
+            self._holdings.orphan(lost)
+            return self._forget(lost)
+        return []  # with its worker's other chunks, if it was lost
+
+    def _current(self) -> BlockWork:
+        """The first block that is not published; when it is a new one, chunks may change hands."""
+        if self._block is None:
+            self._block = BlockWork(self._plan, self._left[0], max(1, self.members), self._epoch)
+            self._holdings.rebalance(len(self._left), self._chunk_bytes / self._transfer)
+        return self._block
+
+    def _hand(self, worker: int, _block: BlockWork) -> Assignment | None:
+        leaving = [c for c in self._holdings.held(worker) if c.heir not in (None, worker)]
+        if not leaving:
+            return None
+        numbers = tuple(chunk.number for chunk in leaving)
+        if self._replay_is_cheaper(leaving[0]):
+            return self._trip(worker, Drop(numbers), numbers)
+        return self._trip(worker, Hand(numbers), numbers, parts=len(numbers))
+
+    def _replay_is_cheaper(self, chunk: Chunk) -> bool:
+        """Whether the heir makes a chunk's hidden states again sooner than it receives them."""
+        assert chunk.heir is not None
+        known = self._holdings.paces[chunk.heir].seconds
+        if "Advance" not in known:
+            return False
+        replay = known.get("Embed", 0.0) + chunk.at * known["Advance"]
+        return replay < self._chunk_bytes / self._transfer
+
+    def _take(self, worker: int, _block: BlockWork) -> Assignment | None:
+        coming = self._holdings.handed_to(worker)
+        if not coming:
+            return None
+        inputs = tuple(chunk.handed for chunk in coming if chunk.handed is not None)
+        numbers = tuple(chunk.number for chunk in coming)
+        for chunk in coming:
+            chunk.owner, chunk.heir = worker, worker
+        return self._trip(worker, Take(numbers), numbers, inputs=inputs)
+
+    def _catch_up(self, worker: int, block: BlockWork) -> Assignment | None:
+        behind = [c for c in self._holdings.held(worker) if NOWHERE < c.at < block.index]
+        if not behind:
+            return None
+        index = min(chunk.at for chunk in behind)
+        numbers = tuple(chunk.number for chunk in behind if chunk.at == index)
+        published = index >= self._blocks.start
+        return self._trip(worker, Advance(index, numbers, published), numbers)
+
+    def _show_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:
+        """Once a chunk has passed a published block, or the shard is done, it is too late."""
+        last_chance = block.index > self._blocks.start or len(self._left) == 1
+        return self._boundary(worker, self._to_show(worker) if last_chance else ())
+
+    def _show(self, worker: int, _block: BlockWork) -> Assignment | None:
+        """One chunk at a time, and not more than the next shard's workers soon take."""
+        after = self._after
+        if after is None or after._waiting() >= max(_MOST_WAITING * after.members, 1):
+            return None
+        return self._boundary(worker, self._to_show(worker)[:1])
+
+    def _to_show(self, worker: int) -> tuple[int, ...]:
+        if self._after is None or self._after.complete():
+            return ()
+        here = [c.number for c in self._holdings.held(worker) if c.at == self._blocks.start]
+        return tuple(number for number in here if number not in self._shown)
+
+    def _boundary(self, worker: int, numbers: tuple[int, ...]) -> Assignment | None:
+        if not numbers:
+            return None
+        task = Boundary(self._blocks.start, self._blocks.stop, numbers)
+        return self._trip(worker, task, numbers, parts=len(numbers))
+
+    def _receive(self, assignment: str, giver: int, chunks: tuple[int, ...]) -> list[str]:
+        """Chunks as this shard's inputs, from the one before it, unless they are here already."""
+        wanted = set()
+        for part, number in enumerate(chunks):
+            chunk = self._holdings.chunks[number]
+            if chunk.owner is None and chunk.handed is None:
+                chunk.handed, chunk.at = (assignment, part), self._blocks.start
+                wanted.add(number)
+        self._hands[assignment] = (giver, wanted)
+        return self._forget(())
+
+    def _waiting(self) -> int:
+        return sum(chunk.handed is not None for chunk in self._holdings.chunks)
+
+    def _will_show(self, number: int) -> bool:
+        """Whether the next shard does well to wait for a chunk rather than make it itself."""
+        return bool(self._left and self.members) and number not in self._shown
+
+    def _collect(self, worker: int, block: BlockWork) -> Assignment | None:
+        here = [c.number for c in self._holdings.held(worker) if c.at == block.index]
+        numbers = block.uncollected(here)
+        if not numbers:
+            return None
+        assignment = block.collect(numbers)
+        self._workers_of[assignment.id] = worker
+        return assignment
+
+    def _adopt(self, worker: int, _block: BlockWork) -> Assignment | None:
+        orphans = self._holdings.orphans()
+        if self._before is not None:
+            orphans = [c for c in orphans if not self._before._will_show(c.number)]
+        wanted = min(len(orphans), self._holdings.deficit(worker))
+        if wanted <= 0:
+            return None
+        numbers = tuple(chunk.number for chunk in orphans[:wanted])
+        self._holdings.settle(numbers, worker, NOWHERE)
+        return self._trip(worker, Embed(numbers), numbers)
+
+    def _trip(
+        self, worker: int, task: Task, chunks: tuple[int, ...], **options: object
+    ) -> Assignment:
+        self._serial += 1
+        name = f"{type(task).__name__.lower()}/{self._blocks.start}.{self._serial}"
+        self._trips[name] = _Trip(worker, task, chunks)
+        return Assignment(id=name, task=task, **options)  # type: ignore[arg-type]
+
+    def _finish_step(self, assignment: str, seconds: float) -> list[str]:
+        block = self._block
+        assert block is not None
+        worker = self._workers_of.pop(assignment)
+        step = block.finished(assignment, worker)
+        if isinstance(step.task, Collect):
+            self._holdings.paces[worker].note("Collect", seconds / len(step.task.chunks))
+        if not block.published:
+            return []
+        self._left.remove(block.index)
+        self._block = None
+        return block.results()
+
+    def _taken(self, worker: int, chunks: tuple[int, ...], seconds_each: float) -> list[str]:
+        self._transfer = (self._transfer + self._chunk_bytes / max(seconds_each, 1e-6)) / 2
+        released = self._forget(chunks)
+        for number in chunks:
+            self._holdings.settle([number], worker, self._holdings.chunks[number].at)
+        return released
+
+    def _handed_from(self, number: int) -> str | None:
+        handed = self._holdings.chunks[number].handed
+        return handed[0] if handed else None
+
+    def _forget_handed_by(self, worker: int) -> list[str]:
+        """Chunks that only a lost worker's results held; those being taken will tell themselves."""
+        self._gone.update(hand for hand, (giver, _) in self._hands.items() if giver == worker)
+        numbers = [n for giver, left in self._hands.values() if giver == worker for n in left]
+        lost = [n for n in numbers if self._holdings.chunks[n].owner is None]
+        self._holdings.orphan(lost)
+        return self._forget(lost)
+
+    def _forget(self, chunks: Collection[int]) -> list[str]:
+        """Hands whose chunks were all taken, or lost, need not be kept."""
+        for _, left in self._hands.values():
+            left.difference_update(chunks)
+        empty = [hand for hand, (_, left) in self._hands.items() if not left]
+        for hand in empty:
+            del self._hands[hand]
+            self._gone.discard(hand)
+        return empty

@@ -1,0 +1,110 @@
+"""Carries a scheduler's instructions out on an executor, and tells an observer what happens."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.bag import name_of
+from orchestrator.executors import Arrival, Executor, Loss, Result
+from orchestrator.scheduler import (
+    Assignment,
+    Event,
+    Failed,
+    Finished,
+    InputsMissing,
+    Joined,
+    Release,
+    Run,
+    Scheduler,
+    Stop,
+    Work,
+    WorkerLost,
+)
+
+Summaries = dict[str, dict[str, Any]]  # by task
+
+
+class Observer:
+    """What a driver tells while it works; the base class listens and says nothing."""
+
+    def phase(self, name: str, steps: int, done: int = 0) -> None: ...
+    def submitted(self, assignment: Assignment, worker: int) -> None: ...
+    def progressed(self, assignment: Assignment, done: int, total: int) -> None: ...
+    def finished(self, assignment: Assignment, result: Result) -> None: ...
+    def note(self, event: str, **facts: Any) -> None: ...
+
+
+@dataclass(slots=True)
+class Timings:
+    started: float = field(default_factory=time.perf_counter)
+    phases: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, list[float]] = field(default_factory=dict)
+
+    def of_phase(self, name: str, start: float) -> None:
+        self.phases[name] = round(time.perf_counter() - start, 3)
+
+    def of_task(self, result: Result) -> None:
+        kind = result.assignment.partition("/")[0]
+        self.tasks.setdefault(kind, []).append(result.seconds)
+
+
+def execute(
+    works: Sequence[Work],
+    executor: Executor,
+    observer: Observer,
+    timings: Timings | None = None,
+    may_go_on: Callable[[], None] = lambda: None,
+) -> Summaries:
+    """Do some works to their end; every task's summary. Raises the error that ended it.
+
+    `may_go_on` is asked at every event, and raises if this driver is not to go on.
+    """
+    scheduler = Scheduler(works)
+    running: dict[str, Assignment] = {}
+    summaries: Summaries = {}
+    event: Event = Joined(executor.present())
+    failure: Exception | None = None
+
+    def progressed(assignment: str, done: int, total: int) -> None:
+        if assignment in running:  # an answer may come late
+            observer.progressed(running[assignment], done, total)
+
+    executor.on_progress = progressed
+    while True:
+        for instruction in scheduler.handle(event):
+            match instruction:
+                case Run(assignment, worker):
+                    running[assignment.id] = assignment
+                    observer.submitted(assignment, worker)
+                    executor.submit(worker, assignment)
+                case Release(name):
+                    executor.release(name)
+                case Stop(complete):
+                    if complete:
+                        return summaries
+                    assert failure is not None
+                    raise failure
+        may_go_on()
+        match executor.next_news():
+            case Arrival(worker):
+                observer.note("worker joined", worker=worker)
+                event = Joined((worker,))
+            case Loss(worker, error, parts_kept):
+                observer.note("worker lost", worker=worker, why=str(error))
+                failure = error
+                event = WorkerLost(worker, parts_kept)
+            case Result(error=None) as result:
+                assignment = running.pop(result.assignment)
+                summaries[name_of(assignment)] = result.summary
+                if timings is not None:
+                    timings.of_task(result)
+                observer.finished(assignment, result)
+                event = Finished(result.assignment, result.seconds)
+            case Result(missing=()) as result:
+                failure = result.error
+                event = Failed(result.assignment)
+            case result:
+                observer.note("results missing", of=list(result.missing))
+                failure = result.error
+                event = InputsMissing(result.assignment, result.missing)

@@ -1,0 +1,112 @@
+"""Connections to Ray: one of our own on this machine, or a cluster that is there.
+
+With ray_executor.py and ray_worker.py, all that knows Ray.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from quantcore.errors import ResourceError
+from workers.machine import Machine, look
+
+_LOOK_TIMEOUT_S = 120.0
+
+
+def embedded(*, cpus: int, gpus: int) -> Any:
+    """A Ray that listens on this machine alone and phones nowhere.
+
+    Despite its name, the second variable decides on Linux too whether a node may be joined from
+    outside; without that, every Ray server binds to 127.0.0.1. Ray's access token stays on, since
+    other users of the machine can reach the loopback; only its notice is left out.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # this is the job that the user waits for
+    ray = _imported()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+        )
+    except Exception as error:
+        raise ResourceError(f"Ray does not start on this machine: {error}") from None
+    return ray
+
+
+def joined(address: str) -> Any:
+    """A connection to a cluster of which this machine is a node."""
+    ray = _imported()
+    try:
+        ray.init(
+            address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False
+        )
+    except Exception as error:
+        raise ResourceError(f"no Ray cluster at {address}: {first_line(error)}") from None
+    return ray
+
+
+def look_at_nodes(ray: Any, paths: Sequence[str]) -> list[Machine]:
+    """Every node of a cluster that work can be sent to, as it sees itself."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = {}
+    for node in ray.nodes():
+        resources = node["Resources"]
+        if not node["Alive"] or not {"CPU", "GPU"} & set(resources):
+            continue
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            # a sliver of a GPU, because without any Ray hides them
+            "num_gpus": 0.001 if "GPU" in resources else 0,
+            "max_retries": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        }
+        ref = ray.remote(look).options(**options).remote(list(paths))
+        asked[ref] = (node["NodeManagerAddress"], resources)
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_TIMEOUT_S)
+    if silent:
+        raise ResourceError(f"node {asked[silent[0]][0]} did not answer in {_LOOK_TIMEOUT_S:.0f} s")
+    machines = []
+    for ref in answered:
+        address, resources = asked[ref]
+        try:
+            machine = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise ResourceError(
+                f"node {address} cannot be looked at: {first_line(error)}"
+            ) from None
+        machines.append(_as_ray_counts(machine, address, resources))
+    if not machines:
+        raise ResourceError("this Ray cluster has no node with CPUs or GPUs")
+    return machines
+
+
+def _as_ray_counts(machine: Machine, address: str, resources: dict[str, float]) -> Machine:
+    """Ray lets work have what it was told of, which need not be all that is there."""
+    from dataclasses import replace
+
+    devices = {
+        device: int(resources.get("CPU" if device == "cpu" else "GPU", 0))
+        for device in machine.devices
+    }
+    devices = {device: count for device, count in devices.items() if count}
+    kinds = {device: machine.kinds[device] for device in devices}
+    return replace(machine, name=f"node {address}", devices=devices, kinds=kinds)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _imported() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    import ray
+
+    return ray

@@ -1,0 +1,106 @@
+"""The process around one Worker on a Ray cluster. With ray_executor.py, all that knows Ray.
+
+What goes back to the driver is plain: summaries, and errors as names and texts, never as pickled
+exceptions. Inputs come as references and are read here, so that one that is lost is told apart
+from a task that failed.
+"""
+
+import threading
+import traceback
+from typing import Any
+
+from workers.plan import BITS_VERSION, Plan
+from workers.tasks import Task
+
+FETCH_TIMEOUT_S = 600.0
+
+
+class RayWorker:
+    """Each call but `run` goes to a thread of its own, so that it is answered during a task."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+        self._progress = (0, 0)
+        self._end = threading.Event()
+
+    def start(self, plan: Plan, device: str) -> dict[str, Any]:
+        """Where this worker is, or why there is none."""
+        import ray
+
+        from workers.kind import hardware_kind
+        from workers.worker import Worker
+
+        try:
+            if difference := _difference(plan, hardware_kind(device)):
+                return {"refused": difference}
+            self._worker = Worker(plan, device, self._tell)
+        except Exception as error:
+            return {"failure": described(error)}
+        return {"node": ray.get_runtime_context().get_node_id()}
+
+    def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
+        """The summary, and the parts beside it; a summary may tell of a failure instead."""
+        try:
+            given, missing = _fetched(inputs)
+            if missing:
+                summary: dict[str, Any] = {"missing": missing}
+                results: tuple[Any, ...] = (None,) * parts
+            else:
+                outcome = self._worker.run(task, given)
+                summary, results = outcome.summary, outcome.parts
+        except Exception as error:
+            summary, results = {"failure": described(error)}, (None,) * parts
+        finally:
+            self._progress = (0, 0)
+        assert len(results) == parts
+        return (summary, *results) if parts else summary
+
+    def pulse(self) -> tuple[int, int]:
+        return self._progress
+
+    def watch(self) -> None:
+        """Returns never: when this process dies, whoever waits for it is told."""
+        self._end.wait()
+
+    def _tell(self, done: int, total: int) -> None:
+        self._progress = (done, total)
+
+
+def described(error: Exception) -> dict[str, str]:
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "trace": "".join(traceback.format_exception(error)),
+    }
+
+
+def _difference(plan: Plan, kind: dict[str, str]) -> str | None:
+    """In what this worker differs from what the job was planned for, if in anything."""
+    contract = plan.contract
+    if contract.bits_version != BITS_VERSION:
+        return f"its quantfleet makes bits of version {BITS_VERSION}, not {contract.bits_version}"
+    for field in sorted({*kind, *contract.kind}):
+        here, planned = kind.get(field), contract.kind.get(field)
+        if here != planned:
+            return f"its {field} is {here}, and the job was planned for {planned}"
+    return None
+
+
+def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
+    """The values of some references, or the numbers of those that are lost."""
+    import ray
+
+    try:
+        return tuple(ray.get(inputs, timeout=FETCH_TIMEOUT_S)), []
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+        return (), [number for number, ref in enumerate(inputs) if _is_lost(ref)] or [0]
+
+
+def _is_lost(ref: Any) -> bool:
+    import ray
+
+    try:
+        ray.get(ref, timeout=1.0)
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+        return True
+    return False

@@ -1,0 +1,71 @@
+"""All shards of a job at once, each with the workers that are dealt to it.
+
+A worker belongs to one shard until that is finished; then it helps where most is left per worker.
+"""
+
+from collections.abc import Collection, Sequence
+
+from orchestrator.calibration import Shard
+from orchestrator.scheduler import Assignment
+from workers.tasks import Drop
+
+
+class Shards:
+    def __init__(self, shards: Sequence[Shard], chunks: int) -> None:
+        self._shards = shards
+        self._every_chunk = tuple(range(chunks))
+        self._shard_of: dict[int, Shard] = {}
+        self._given_by: dict[str, Shard | None] = {}  # None: a worker on its way to another shard
+        self._moves = 0
+
+    def joined(self, worker: int) -> None:
+        self._deal(worker)
+
+    def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
+        self._shard_of.pop(worker, None)
+        released = []
+        for shard in self._shards:
+            released += shard.lost(worker, parts_kept=parts_kept)
+        return released
+
+    def offer(self, worker: int) -> Assignment | None:
+        shard = self._shard_of.get(worker)
+        if shard is None:
+            return None
+        if shard.complete():
+            return self._move(worker, shard)
+        assignment = shard.offer(worker)
+        if assignment is not None:
+            self._given_by[assignment.id] = shard
+        return assignment
+
+    def finished(self, assignment: str, seconds: float) -> list[str]:
+        shard = self._given_by.pop(assignment)
+        return [] if shard is None else shard.finished(assignment, seconds)
+
+    def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
+        shard = self._given_by.pop(assignment)
+        return [] if shard is None else shard.returned(assignment, missing)
+
+    def complete(self) -> bool:
+        return all(shard.complete() for shard in self._shards)
+
+    def _deal(self, worker: int) -> None:
+        """The shard with the most blocks left for each of its workers, this one counted."""
+        unfinished = [shard for shard in self._shards if not shard.complete()]
+        if unfinished:
+            shard = max(unfinished, key=lambda shard: shard.blocks_left / (shard.members + 1))
+            shard.joined(worker)
+            self._shard_of[worker] = shard
+
+    def _move(self, worker: int, finished: Shard) -> Assignment | None:
+        """What it held for the finished shard is forgotten first."""
+        finished.lost(worker, parts_kept=True)
+        del self._shard_of[worker]
+        self._deal(worker)
+        if worker not in self._shard_of:
+            return None
+        self._moves += 1
+        assignment = Assignment(id=f"drop/move.{self._moves}", task=Drop(self._every_chunk))
+        self._given_by[assignment.id] = None
+        return assignment

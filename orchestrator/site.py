@@ -1,0 +1,70 @@
+"""Where a command runs its job: this process, a Ray of its own, or a cluster that is there."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checks import Look, Prepared, look_here
+from orchestrator.executors import Executor, InProcessExecutor
+from quantcore.errors import SpecError
+from workers.machine import Machine
+from workers.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    in_process: bool = False
+    cluster: Any = None  # Ray, connected
+
+    @property
+    def look_at(self) -> Look:
+        return look_here if self.cluster is None else self._look_at_nodes
+
+    def start_workers(self, plan: Plan, prepared: Prepared) -> Executor:
+        """The workers that a job was found to need. Raises ResourceError if they do not start."""
+        if self.in_process:
+            return InProcessExecutor(plan, [prepared.device] * prepared.workers)
+        from orchestrator.ray_cluster import embedded
+        from orchestrator.ray_executor import RayExecutor, Wanted
+
+        workers = prepared.spec.workers
+        count, cpus = prepared.workers, workers.cpus or float(workers.threads)
+        wanted = Wanted(
+            count=count,
+            device=prepared.device,
+            cpus=cpus,
+            memory=workers.memory_bytes(),
+            all_at_once=self.cluster is None,
+        )
+        ray = self.cluster
+        if ray is None:
+            gpus = 0 if prepared.device == "cpu" else count
+            ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus)
+        return RayExecutor(plan, wanted, ray)
+
+    def _look_at_nodes(self, paths: Sequence[str]) -> list[Machine]:
+        from orchestrator.ray_cluster import look_at_nodes
+
+        return look_at_nodes(self.cluster, paths)
+
+
+@contextlib.contextmanager
+def open_site(address: str | None, in_process: bool) -> Iterator[Site]:
+    """A connection to the cluster at `address`, or none; it is ended with the command."""
+    if in_process or address is None:
+        yield Site(in_process)
+        return
+    if "://" in address:
+        raise SpecError(
+            f"--address: {address} is reached from outside its cluster: use quantfleet submit; "
+            "run needs a node of it, and HOST:PORT or auto"
+        )
+    from orchestrator.ray_cluster import joined
+
+    ray = joined(address)
+    try:
+        yield Site(cluster=ray)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,51 @@
+"""The works of a job, from the plan and the ledger alone.
+
+A resumed job is the same functions with more blocks done: their quantization falls away, and
+chunks catch up through them.
+"""
+
+from collections.abc import Collection, Mapping
+
+from orchestrator.bag import Bag
+from orchestrator.calibration import Shard
+from orchestrator.scheduler import Work
+from orchestrator.shards import Shards
+from workers.layout import OUTSIDE, block_key
+from workers.plan import Plan
+from workers.tasks import CopyOutside, Round, Survey, Task
+
+
+def survey_tasks(tensors: Mapping[str, int], workers: int) -> dict[str, Task]:
+    """Read every tensor once, spread over the workers by bytes in runs of neighbours."""
+    share = sum(tensors.values()) / max(workers * 4, 1)
+    runs: list[list[str]] = [[]]
+    filled = 0
+    for name, num_bytes in tensors.items():
+        if filled > share:
+            runs.append([])
+            filled = 0
+        runs[-1].append(name)
+        filled += num_bytes
+    return {f"survey/{number}": Survey(tuple(run)) for number, run in enumerate(runs)}
+
+
+def quantization_works(
+    plan: Plan, done: Collection[str], *, epoch: int = 0, chunk_bytes: int = 1
+) -> list[Work]:
+    """Everything from the source to published blocks; `done` holds the ledger's keys.
+
+    `chunk_bytes` is the size of one chunk's hidden states: what moving it costs. What lies outside
+    the blocks is copied by whoever is idle before the blocks are finished.
+    """
+    blocks = range(len(plan.blocks))
+    outside = Bag({} if OUTSIDE in done else {"outside": CopyOutside(epoch)})
+    if plan.calibration is None:
+        left = (block for block in blocks if block_key(block) not in done)
+        return [Bag({f"round/{block}": Round(block, epoch) for block in left}), outside]
+    finished = {block for block in blocks if block_key(block) in done}
+    shards: list[Shard] = []
+    for first, last in plan.shard_ranges():
+        before = shards[-1] if shards else None
+        options: dict[str, int] = {"epoch": epoch, "chunk_bytes": chunk_bytes}
+        shards.append(Shard(plan, range(first, last), finished, before=before, **options))
+    return [Shards(shards, plan.contract.chunks), outside]

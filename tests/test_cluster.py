@@ -1,0 +1,105 @@
+"""Jobs on real Ray nodes, several on this machine: the same bytes on any number, after kills."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.command import finish, quantfleet, start, wait_for
+
+pytestmark = pytest.mark.timeout(900)
+
+_BLOCKS = 16
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], text_file: Path
+) -> Path:
+    """A folder with a deeper model, and `whole`: the store of a job in one process."""
+    import shutil
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    site = tmp_path_factory.mktemp("cluster")
+    shutil.copytree(model_folder("llama"), site / "model")
+    config = AutoConfig.from_pretrained(site / "model", num_hidden_layers=_BLOCKS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(site / "model")
+    shutil.copyfile(text_file, site / "text.txt")
+    assert quantfleet("run", "--in-process", _job(site, "whole", 1)).code == 0
+    return site
+
+
+def _job(site: Path, store: str, workers: int) -> Path:
+    job = {
+        "name": "job",
+        "model": {"path": "model"},
+        "quantization": {"scheme": "int4", "group_size": 32, "method": "gptq"},
+        "calibration": {"text": "text.txt", "sequences": 16, "length": 64},
+        "workers": {"count": workers},
+        "output": {"store": store},
+    }
+    path = site / f"{store}.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+@contextmanager
+def _cluster(nodes: int) -> Iterator[Any]:
+    """A head that takes no work, and nodes of one CPU each. Dead nodes are noticed in seconds."""
+    from ray.cluster_utils import Cluster
+
+    config = {
+        "health_check_initial_delay_ms": 1000,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 3,
+    }
+    args = {"num_cpus": 0, "_system_config": config, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=args)
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def _model_bytes(site: Path, store: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (site / store / "job" / "model").iterdir()}
+
+
+def _records(site: Path, store: str) -> int:
+    return len(list((site / store / "job" / "ledger").glob("block-*.json")))
+
+
+def _run(site: Path, store: str, workers: int, cluster: Any) -> subprocess.Popen[str]:
+    return start("run", "--address", cluster.address, _job(site, store, workers))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_any_number_of_nodes_gives_the_same_bytes(site: Path, nodes: int) -> None:
+    with _cluster(nodes) as cluster:
+        outcome = finish(_run(site, f"nodes-{nodes}", nodes, cluster))
+    assert outcome.code == 0, outcome
+    assert _model_bytes(site, f"nodes-{nodes}") == _model_bytes(site, "whole")
+
+
+def test_nodes_that_die_and_nodes_that_come_change_no_bit(site: Path) -> None:
+    """Of two nodes one is killed, another joins, then the other first one is killed too."""
+    with _cluster(2) as cluster:
+        first, second = list(cluster.worker_nodes)
+        process = _run(site, "killed", 2, cluster)
+        wait_for(lambda: _records(site, "killed") >= 3, process)
+        cluster.remove_node(first, allow_graceful=False)
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        wait_for(lambda: _records(site, "killed") >= 7, process)
+        cluster.remove_node(second, allow_graceful=False)
+        outcome = finish(process)
+    assert outcome.code == 0, outcome
+    assert "is lost" in outcome.err
+    assert _model_bytes(site, "killed") == _model_bytes(site, "whole")

@@ -1,0 +1,93 @@
+"""Jobs whose workers are killed at any point end in the bytes of an undisturbed job."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checks import check
+from orchestrator.driver import run_job
+from orchestrator.executors import InProcessExecutor
+from orchestrator.loop import Observer
+from quantcore.errors import ResourceError
+from tests.conftest import BLOCKS
+from tests.faults import Kill, KillingExecutor, schedule
+
+JobFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[dict[str, bytes]]:
+    yield {}
+
+
+def _model_bytes(store: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((Path(store) / "model").iterdir())}
+
+
+def _undisturbed(job_file: JobFile, whole: dict[str, bytes]) -> dict[str, bytes]:
+    """The bytes to compare with, made once for all tests here."""
+    if not whole:
+        prepared = check(job_file("whole"))
+        result = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cpu"]), Observer())
+        whole |= _model_bytes(result.store)
+    return whole
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_job_survives_a_schedule_of_kills(
+    job_file: JobFile, whole: dict[str, bytes], seed: int
+) -> None:
+    expected = _undisturbed(job_file, whole)
+    executors: list[KillingExecutor] = []
+
+    def start(plan):
+        executors.append(KillingExecutor(plan, 2 + seed % 2, schedule(seed, BLOCKS)))
+        return executors[0]
+
+    result = run_job(check(job_file(f"seed-{seed}")), start, Observer())
+    assert executors[0].killed, "no kill of this schedule met its point"
+    assert _model_bytes(result.store) == expected
+
+
+def test_the_only_worker_is_killed_and_another_comes(
+    job_file: JobFile, whole: dict[str, bytes]
+) -> None:
+    kills = [Kill("Collect", block, False, "gone") for block in range(BLOCKS)]
+    result = run_job(
+        check(job_file("alone")), lambda plan: KillingExecutor(plan, 1, kills), Observer()
+    )
+    assert _model_bytes(result.store) == _undisturbed(job_file, whole)
+
+
+def test_a_step_that_kills_every_worker_ends_the_job_and_keeps_what_is_done(
+    job_file: JobFile, whole: dict[str, bytes]
+) -> None:
+    kills = [Kill("Collect", 2, False, "gone") for _ in range(9)]
+    job = job_file("poisoned")
+    with pytest.raises(ResourceError, match="killed"):
+        run_job(check(job), lambda plan: KillingExecutor(plan, 2, kills), Observer())
+    store = job.parent / "store" / "poisoned"
+    assert len(list((store / "ledger").glob("block-*.json"))) == 2
+    result = run_job(check(job), lambda plan: InProcessExecutor(plan, ["cpu"]), Observer())
+    assert _model_bytes(result.store) == _undisturbed(job_file, whole)
+
+
+class _Joining(KillingExecutor):
+    """One worker, and others that join while it works."""
+
+    def __init__(self, plan) -> None:
+        super().__init__(plan, 1, ())
+        self._due = [8, 14, 20]
+
+
+def test_workers_that_join_change_no_bit(job_file: JobFile, whole: dict[str, bytes]) -> None:
+    executors = []
+
+    def start(plan):
+        executors.append(_Joining(plan))
+        return executors[0]
+
+    result = run_job(check(job_file("joined")), start, Observer())
+    assert len(executors[0].present()) == 4
+    assert _model_bytes(result.store) == _undisturbed(job_file, whole)

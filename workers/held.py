@@ -1,0 +1,87 @@
+"""The calibration sequences that one worker holds: chunks of micro-batches of hidden states."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.blocks import BlockModel, Inputs
+from workers.calibration import token_windows
+from workers.plan import Plan
+from workers.sources import ModelSource
+from workers.tasks import HeldChunk
+
+
+@dataclass(slots=True)
+class _Chunk:
+    block: int  # whose input the hidden states are
+    batches: list[Inputs]
+
+
+class Held:
+    def __init__(self, plan: Plan, source: ModelSource, model: BlockModel) -> None:
+        self._plan = plan
+        self._source = source
+        self._model = model
+        self._chunks: dict[int, _Chunk] = {}
+        self._windows: Tensor | None = None
+
+    def at(self, chunk: int, block: int) -> list[Inputs]:
+        """A chunk's micro-batches, which must be the inputs of `block`."""
+        held = self._chunks[chunk]
+        assert held.block == block, f"chunk {chunk} is at block {held.block}, not at {block}"
+        return held.batches
+
+    def advanced(self, chunk: int) -> None:
+        self._chunks[chunk].block += 1
+
+    def embed(self, chunks: Iterable[int]) -> None:
+        """Make chunks from the texts, as the first block's inputs."""
+        for chunk in chunks:
+            self._chunks[chunk] = _Chunk(0, [self._model.embed(ids) for ids in self._ids(chunk)])
+        self._model.release_outside()
+
+    def hand(self, chunks: Iterable[int]) -> tuple[HeldChunk, ...]:
+        """Give chunks away."""
+        return tuple(_packed(self._chunks.pop(chunk)) for chunk in chunks)
+
+    def take(self, chunks: Iterable[int], given: Iterable[HeldChunk]) -> None:
+        """Hold what others gave away. How blocks are called hangs on the token ids' shape alone."""
+        for chunk, packed in zip(chunks, given, strict=True):
+            batches = []
+            for ids_BL, data in zip(self._ids(chunk), packed.hidden, strict=True):
+                calls = self._model.calls(ids_BL)
+                hidden = torch.tensor(data).view(self._plan.torch_dtype)
+                hidden_BLH = hidden.reshape(*ids_BL.shape, -1).to(self._model.device)
+                batches.append(Inputs(hidden_BLH, calls))
+            self._chunks[chunk] = _Chunk(packed.block, batches)
+        self._model.release_outside()
+
+    def drop(self, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            self._chunks.pop(chunk, None)
+
+    def clear(self) -> None:
+        self._chunks.clear()
+
+    def _ids(self, chunk: int) -> list[Tensor]:
+        """The token ids of a chunk's micro-batches."""
+        if self._windows is None:
+            assert self._plan.calibration is not None
+            self._windows = token_windows(self._plan.calibration, self._source.tokenizer())
+        size = self._plan.contract.micro_batch
+        numbers = self._plan.micro_batches_of(chunk, chunk + 1)
+        return [self._windows[number * size : (number + 1) * size] for number in numbers]
+
+
+def pack(block: int, hidden: Iterable[Tensor]) -> HeldChunk:
+    """Micro-batches of hidden states as bytes, to be sent."""
+    arrays = (
+        hidden_BLH.cpu().contiguous().flatten().view(torch.uint8).numpy() for hidden_BLH in hidden
+    )
+    return HeldChunk(block, tuple(arrays))
+
+
+def _packed(chunk: _Chunk) -> HeldChunk:
+    return pack(chunk.block, (inputs.hidden_BLH for inputs in chunk.batches))
