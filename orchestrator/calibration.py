@@ -119,6 +119,8 @@ class Shard:
         if assignment in self._workers_of:
             return self._finish_step(assignment, seconds)
         trip = self._trips.pop(assignment)
+        if self.complete():  # by others, meanwhile
+            return [assignment]
         each = seconds / len(trip.chunks)
         match trip.task:
             case Embed(chunks):
@@ -229,6 +231,8 @@ class Shard:
 
     def _receive(self, assignment: str, giver: int, chunks: tuple[int, ...]) -> list[str]:
         """Chunks as this shard's inputs, from the one before it, unless they are here already."""
+        if self.complete():
+            return [assignment]
         wanted = set()
         for part, number in enumerate(chunks):
             chunk = self._holdings.chunks[number]
@@ -284,7 +288,10 @@ class Shard:
             return []
         self._left.remove(block.index)
         self._block = None
-        return block.results()
+        unread = list(self._hands) if self.complete() else []
+        for hand in unread:
+            del self._hands[hand]
+        return [*block.results(), *unread]
 
     def _taken(self, worker: int, chunks: tuple[int, ...], seconds_each: float) -> list[str]:
         self._transfer = (self._transfer + self._chunk_bytes / max(seconds_each, 1e-6)) / 2

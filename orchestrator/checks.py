@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import JobSpec
@@ -18,7 +19,7 @@ from orchestrator.planning import make_plan, plan_layers
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
-from workers.evaluate import unknown_tasks
+from workers.evaluate import read_text, unknown_tasks
 from workers.machine import Machine, look
 from workers.plan import Plan
 from workers.sources import ModelSource, open_source
@@ -112,7 +113,7 @@ def prepare(
     if chosen and chosen.device == "cpu" and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
-    tokens = _calibration(spec, source, architecture, findings)
+    windows = _calibration(spec, source, architecture, findings)
     _evaluation(spec, findings)
     if touch_store:
         conditional = spec.output.conditional_writes
@@ -130,7 +131,7 @@ def prepare(
         blocks, head, layer_faults = plan_layers(spec, architecture)
         findings.add(*layer_faults)
         if chosen:
-            plan = make_plan(spec, blocks, head, chosen.kind)
+            plan = make_plan(spec, blocks, head, chosen.kind, windows)
             memory = worker_bytes(spec, plan, architecture, source)
             workers, count_faults = worker_count(spec, plan, chosen, sum(memory.values()))
             findings.add(*count_faults)
@@ -145,18 +146,15 @@ def prepare(
         device=chosen.device,
         workers=workers,
         worker_memory=memory,
-        tokens_digest=tokens,
+        tokens_digest=None if windows is None else digest(windows),
     )
 
 
 def _local_paths(spec: JobSpec) -> dict[str, str]:
-    """Every path that workers read or write, with its field."""
-    places: dict[str, str] = {str(spec.model.path): "model.path"}
-    for section in ("calibration", "evaluation"):
-        for name in ("text", "jsonl", "task_folder"):
-            path = getattr(getattr(spec, section), name, None)
-            if path is not None:
-                places.setdefault(str(path), f"{section}.{name}")
+    """The paths that workers read, each with its field; of texts they are given what they need."""
+    places = {str(spec.model.path): "model.path"}
+    if spec.evaluation is not None and spec.evaluation.task_folder is not None:
+        places[str(spec.evaluation.task_folder)] = "evaluation.task_folder"
     return places
 
 
@@ -186,7 +184,8 @@ def _calibration(
     source: ModelSource | None,
     architecture: Architecture | None,
     findings: _Findings,
-) -> str | None:
+) -> Tensor | None:
+    """The calibration's token ids: workers are given them, and need not see the texts."""
     calibration = spec.calibration
     if calibration is None:
         return None
@@ -210,8 +209,7 @@ def _calibration(
     tokenizer = findings.attempt("model.path", source.tokenizer)
     if tokenizer is None:
         return None
-    windows = findings.attempt(field, lambda: token_windows(calibration, tokenizer))
-    return None if windows is None else digest(windows)
+    return findings.attempt(field, lambda: token_windows(calibration, tokenizer))
 
 
 def _evaluation(spec: JobSpec, findings: _Findings) -> None:
@@ -221,6 +219,7 @@ def _evaluation(spec: JobSpec, findings: _Findings) -> None:
     if evaluation.text is not None and not evaluation.text.is_file():
         message = f"there is no file {evaluation.text}"
         findings.add(Fault(field="evaluation.text", message=message, kind=SourceError))
+    findings.attempt("evaluation.text", lambda: read_text(evaluation))
     if evaluation.task_folder is not None and not evaluation.task_folder.is_dir():
         message = f"there is no folder {evaluation.task_folder}"
         findings.add(Fault(field="evaluation.task_folder", message=message, kind=SourceError))

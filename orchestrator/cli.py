@@ -1,4 +1,4 @@
-"""The command line: quantfleet run, check, status, list, resume, fetch, eval.
+"""The command line. Jobs on a remote cluster have their commands in cli_remote.py.
 
 Exit codes: 0 done; 2 bad job file or usage; 3 source or store; 4 resources; 5 quantization;
 130 interrupted. Results go to standard output, all else to standard error.
@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from orchestrator.cli_remote import cancel, logs, submit
 from orchestrator.printing import (
     ERR,
     OUT,
+    byte_bar,
+    interrupt,
     print_json,
     print_metrics,
     print_plan,
     print_report,
+    print_submitted,
+    reported,
     say,
     status_line,
+    working,
 )
-from quantcore.errors import JobFaults, QuantfleetError, SpecError, StoreError
+from quantcore.errors import QuantfleetError, SpecError, StoreError
 
 if TYPE_CHECKING:  # importing torch takes seconds: `quantfleet --help` need not
     from orchestrator.checks import Prepared
@@ -47,6 +53,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 LogFile = Annotated[Path | None, typer.Option(help="Where events are logged (JSON lines).")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Events to standard error as JSON too.")]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray, in one process.")]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--address", envvar=["QUANTFLEET_ADDRESS", "RAY_ADDRESS"], help="A Ray dashboard's URL."
+    ),
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -55,7 +67,9 @@ Address = Annotated[
     ),
 ]
 
-INTERRUPTED = 130
+app.command()(submit)
+app.command()(logs)
+app.command()(cancel)
 
 
 @app.command()
@@ -69,13 +83,13 @@ def run(
     log_json: LogJson = False,
 ) -> None:
     """Quantize a model as a job file says, here and now. Run again, it goes on."""
-    with _reported():
+    with reported():
         from orchestrator.checks import check, describe
         from orchestrator.site import open_site
         from workers.store import open_store
 
         with open_site(address, in_process) as site:
-            with _working("checking the job", as_json):
+            with working("checking the job", as_json):
                 prepared = check(job, touch_store=not dry_run, look_at=site.look_at)
             if dry_run:
                 print_plan(describe(prepared), as_json)
@@ -94,11 +108,11 @@ def resume(
     log_json: LogJson = False,
 ) -> None:
     """Take up a job from its store alone: the job file that began it is kept there."""
-    with _reported():
+    with reported():
         from orchestrator.checks import prepare
         from orchestrator.identity import stored_job
         from orchestrator.site import open_site
-        from orchestrator.stored import stored_spec
+        from orchestrator.stored import kept_texts, stored_spec
         from workers.store import open_store
 
         store = open_store(job)
@@ -106,8 +120,8 @@ def resume(
         if began is None:
             raise StoreError(f"{store.url} holds no job that was begun: see quantfleet list")
         spec, document = stored_spec(began, store.url)
-        with open_site(address, in_process) as site:
-            with _working("checking the job", as_json):
+        with kept_texts(store, spec) as spec, open_site(address, in_process) as site:
+            with working("checking the job", as_json):
                 prepared = prepare(spec, document, [], look_at=site.look_at)
             with _waiting_note(store):
                 _run(prepared, site, as_json, log_file, log_json)
@@ -116,19 +130,28 @@ def resume(
 @app.command()
 def check(job: JobFile, as_json: AsJson = False) -> None:
     """Report every fault of a job file at once, with its place and what to write instead."""
-    with _reported(as_json):
+    with reported(as_json):
         from orchestrator.checks import check as check_job
         from orchestrator.checks import describe
 
-        with _working("checking the job", as_json):
+        with working("checking the job", as_json):
             prepared = check_job(job)
         print_plan(describe(prepared), as_json)
 
 
 @app.command()
-def status(job: JobUrl, as_json: AsJson = False) -> None:
+def status(
+    job: Annotated[str, typer.Argument(help="STORE/NAME, or a submitted job's id.", metavar="JOB")],
+    address: OnCluster = None,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a job has come."""
-    with _reported():
+    with reported():
+        if address is not None and "/" not in job:
+            from orchestrator.ray_jobs import RemoteJobs
+
+            print_submitted([RemoteJobs(address).status(job)], as_json)
+            return
         from orchestrator.stored import job_status
         from workers.store import open_store
 
@@ -141,11 +164,21 @@ def status(job: JobUrl, as_json: AsJson = False) -> None:
 
 @app.command(name="list")
 def list_jobs(
-    store: Annotated[str, typer.Argument(help="A folder or s3://bucket/path.", metavar="STORE")],
+    store: Annotated[
+        str | None, typer.Argument(help="A folder or s3://bucket/path.", metavar="STORE")
+    ] = None,
+    address: OnCluster = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the jobs in a store."""
-    with _reported():
+    """List the jobs in a store, or with --address those submitted to a cluster."""
+    with reported():
+        if store is None:
+            if address is None:
+                raise SpecError("name a store, or a cluster with --address")
+            from orchestrator.ray_jobs import RemoteJobs
+
+            print_submitted(RemoteJobs(address).jobs(), as_json)
+            return
         from orchestrator.stored import jobs_in
         from workers.store import open_store
 
@@ -163,14 +196,14 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Download a finished artifact, verify every file, and put it in place whole."""
-    with _reported():
+    with reported():
         from orchestrator.fetch import fetch as fetch_job
         from orchestrator.fetch import read_manifest
         from workers.store import open_store
 
         store = open_store(job)
         total = sum(facts["size"] for facts in read_manifest(store)["files"].values())
-        with _byte_bar(total, as_json) as advance:
+        with byte_bar(total, as_json) as advance:
             files = fetch_job(store, folder, advance)
         if as_json:
             print_json({"folder": str(folder), "files": len(files), "bytes": total})
@@ -192,7 +225,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
     as_json: AsJson = False,
 ) -> None:
     """Measure a finished model with lm-eval, loaded as its users load it."""
-    with _reported():
+    with reported():
         from orchestrator.stored import evaluate_stored
 
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
@@ -204,7 +237,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
             "length": length,
             "max_characters": max_characters,
         }
-        with _working("evaluating", as_json):
+        with working("evaluating", as_json):
             metrics = evaluate_stored(model, options, dtype)
         if as_json:
             print_json(metrics)
@@ -221,7 +254,7 @@ def _run(
 
     def start_workers(plan: "Plan") -> "Executor":
         executor = site.start_workers(plan, prepared)
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray took it for itself
+        signal.signal(signal.SIGTERM, interrupt)  # Ray took it for itself
         return executor
 
     log, path = start_log(prepared.spec.name, log_file, log_json)
@@ -240,34 +273,6 @@ def _run(
 
 
 @contextlib.contextmanager
-def _reported(as_json: bool = False) -> Iterator[None]:
-    """Print an error of ours as one message and end with its exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    except JobFaults as error:
-        if as_json:
-            faults = [
-                {"field": f.field, "line": f.line, "column": f.column, "message": f.message}
-                for f in error.faults
-            ]
-            print_json({"faults": faults})
-        for line in error.lines():
-            say(line)
-        raise typer.Exit(error.exit_code) from None
-    except QuantfleetError as error:
-        say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        say("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
 def _waiting_note(store: Any) -> Iterator[None]:
     """However a started job ends early, say what is kept and how to go on."""
     from orchestrator.stored import kept_blocks
@@ -283,35 +288,6 @@ def _waiting_note(store: Any) -> Iterator[None]:
                 go_on = f"go on with: quantfleet resume {store.url}"
                 say(f"{kept} of {total} blocks are kept; {go_on}")
         raise
-
-
-@contextlib.contextmanager
-def _working(what: str, quiet: bool) -> Iterator[None]:
-    if quiet or not ERR.is_terminal:
-        yield
-    else:
-        with ERR.status(what):
-            yield
-
-
-@contextlib.contextmanager
-def _byte_bar(total: int, quiet: bool) -> Iterator[Any]:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    if quiet or not ERR.is_terminal:
-        yield lambda name, size: None if quiet else say(f"verified {name}")
-        return
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("fetching"), *columns, console=ERR) as bars:
-        bar = bars.add_task("fetching", total=total)
-        yield lambda name, size: bars.advance(bar, size)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from orchestrator.report import make_report
 from orchestrator.scheduler import Work
 from orchestrator.works import quantization_works, survey_tasks
 from quantcore.errors import LeaseError, QuantfleetError
+from workers.evaluate import read_text
 from workers.layout import MANIFEST, OUTSIDE, REPORT, block_key, dump, record_name
 from workers.plan import Plan
 from workers.publish import read_record
@@ -129,7 +130,10 @@ class _Driver:
         if spec is None:
             return {}
         variants = [*spec.baselines, "quantized"]
-        tasks: dict[str, Task] = {f"evaluate/{name}": Evaluate(name, spec) for name in variants}
+        text = read_text(spec)
+        tasks: dict[str, Task] = {
+            f"evaluate/{name}": Evaluate(name, spec, text) for name in variants
+        }
         measured = self._work("evaluate", [Bag(tasks)], executor, len(tasks), lease=lease)
         return {name: measured[f"evaluate/{name}"]["metrics"] for name in variants}
 

@@ -5,12 +5,14 @@ naming the field; what is not in it (how many workers, where to evaluate) may ch
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.checks import Prepared
 from quantcore.errors import SpecError, StoreError
-from workers.layout import JOB, dump
+from workers.evaluate import read_text
+from workers.layout import CALIBRATION, EVALUATION, JOB, dump
 from workers.plan import to_json
 from workers.store import Store
 
@@ -68,8 +70,6 @@ def refuse_difference(store: Store, stored: Identity, current: Identity) -> None
 
 def stored_job(store: Store) -> dict[str, Any] | None:
     """The ledger's first record: the spec and the identity that the job was begun with."""
-    import json
-
     if not store.exists(JOB):
         return None
     try:
@@ -84,16 +84,31 @@ def stored_job(store: Store) -> dict[str, Any] | None:
 
 
 def begin(store: Store, prepared: Prepared, current: Identity) -> None:
-    """Write the ledger's first record, or hold the job against the one that is there."""
+    """Write the ledger's first record, or hold the job against the one that is there.
+
+    The texts go first, as far as they are used: with them the store alone is enough to go on.
+    """
     record = {
         "spec": prepared.spec.model_dump(mode="json"),
         "identity": current,
         "blocks": len(prepared.plan.blocks),
     }
+    if not store.exists(JOB):
+        _keep_texts(store, prepared)
     if not store.put_if_absent(JOB, dump(record)):
         known = stored_job(store)
         assert known is not None
         refuse_difference(store, known["identity"], current)
+
+
+def _keep_texts(store: Store, prepared: Prepared) -> None:
+    tokens, evaluation = prepared.plan.tokens, prepared.spec.evaluation
+    if tokens is not None:
+        rows = (json.dumps({"ids": row}) for row in tokens.tolist())
+        store.put(CALIBRATION, "\n".join(rows).encode())
+    text = read_text(evaluation) if evaluation else None
+    if text is not None:
+        store.put(EVALUATION, text.encode())
 
 
 def _flat(prefix: str, value: Any) -> Identity:

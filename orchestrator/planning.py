@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from jobs.match import matches
 from jobs.spec import JobSpec, Override
 from quantcore.errors import Fault
@@ -69,6 +72,7 @@ def make_plan(
     blocks: tuple[BlockPlan, ...],
     head: LayerPlan | None,
     kind: dict[str, str],
+    tokens: Tensor | None = None,
 ) -> Plan:
     """Fix everything that bits depend on. Nothing here may depend on the number of workers."""
     micro_batch, chunks = 1, 1
@@ -92,6 +96,7 @@ def make_plan(
         search_range=spec.quantization.range == "search",
         calibration=spec.calibration,
         shards=spec.calibration.shards if spec.calibration else 1,
+        tokens=None if tokens is None else tokens.to(torch.int32).numpy(),
         conditional_writes=spec.output.conditional_writes,
         contract=Contract(
             kind=kind,

@@ -1,15 +1,22 @@
 """What commands print: results to standard output, all else to standard error."""
 
+import contextlib
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from quantcore.errors import JobFaults, QuantfleetError
+
 ERR = Console(stderr=True)
 OUT = Console()
+INTERRUPTED = 130
 
 
 def say(line: str) -> None:
@@ -72,3 +79,68 @@ def print_report(result: Any, log: Path) -> None:
     )
     for line in lines:
         OUT.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def print_submitted(jobs: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(jobs)
+    for facts in jobs if not as_json else []:
+        line = f"{facts['id']}: {facts['status'].lower()}, {facts['store']}"
+        OUT.print(escape(line), highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def reported(as_json: bool = False) -> Iterator[None]:
+    """Print an error of ours as one message and end with its exit code."""
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except JobFaults as error:
+        if as_json:
+            faults = [
+                {"field": f.field, "line": f.line, "column": f.column, "message": f.message}
+                for f in error.faults
+            ]
+            print_json({"faults": faults})
+        for line in error.lines():
+            say(line)
+        raise typer.Exit(error.exit_code) from None
+    except QuantfleetError as error:
+        say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def working(what: str, quiet: bool) -> Iterator[None]:
+    if quiet or not ERR.is_terminal:
+        yield
+    else:
+        with ERR.status(what):
+            yield
+
+
+@contextlib.contextmanager
+def byte_bar(total: int, quiet: bool) -> Iterator[Any]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    if quiet or not ERR.is_terminal:
+        yield lambda name, size: None if quiet else say(f"verified {name}")
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("fetching"), *columns, console=ERR) as bars:
+        bar = bars.add_task("fetching", total=total)
+        yield lambda name, size: bars.advance(bar, size)

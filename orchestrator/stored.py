@@ -1,7 +1,9 @@
 """What a store tells of its jobs, without the job files that began them."""
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from orchestrator.driver import finished_keys
 from orchestrator.fetch import fetch
 from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
-from workers.evaluate import evaluate, unknown_tasks
-from workers.layout import JOB, MANIFEST, block_key
+from workers.evaluate import evaluate, read_text, unknown_tasks
+from workers.layout import CALIBRATION, EVALUATION, JOB, MANIFEST, block_key
 from workers.store import LocalStore, Store, open_store
 from workers.variants import artifact
 
@@ -32,6 +34,23 @@ def stored_spec(began: dict[str, Any], url: str) -> tuple[JobSpec, Document]:
     output = spec.output.model_copy(update={"store": parent or "/"})
     spec = spec.model_copy(update={"name": name, "output": output})
     return spec, Document(Path(JOB), began["spec"], {})
+
+
+@contextlib.contextmanager
+def kept_texts(store: Store, spec: JobSpec) -> Iterator[JobSpec]:
+    """The spec reading its texts as the ledger has them: the files themselves may be gone."""
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+        changes: dict[str, Any] = {}
+        if spec.calibration is not None and store.exists(CALIBRATION):
+            jsonl = Path(scratch) / Path(CALIBRATION).name
+            store.get_file(CALIBRATION, jsonl)
+            update = {"text": None, "jsonl": jsonl, "field": "ids"}
+            changes["calibration"] = spec.calibration.model_copy(update=update)
+        if spec.evaluation is not None and store.exists(EVALUATION):
+            text = Path(scratch) / Path(EVALUATION).name
+            store.get_file(EVALUATION, text)
+            changes["evaluation"] = spec.evaluation.model_copy(update={"text": text})
+        yield spec.model_copy(update=changes)
 
 
 def job_status(store: Store) -> dict[str, Any]:
@@ -86,4 +105,4 @@ def evaluate_stored(model: str, options: dict[str, Any], dtype: str) -> dict[str
             folder = Path(scratch) / "model"
             fetch(open_store(model), folder)
         loaded = artifact(folder, getattr(torch, dtype))
-        return evaluate(loaded, AutoTokenizer.from_pretrained(folder), spec)
+        return evaluate(loaded, AutoTokenizer.from_pretrained(folder), spec, read_text(spec))

@@ -18,7 +18,7 @@ class Kill:
     """The end of whoever first begins this step of this block; once."""
 
     phase: str
-    block: int  # of no meaning for Embed
+    block: int  # of no meaning for Embed and Boundary
     done: bool  # whether the step still took effect: its answer is lost all the same
     parts: str  # of the worker's results: "kept", "gone", or "gone unnoticed"
 
@@ -90,4 +90,4 @@ def _meets(kill: Kill, assignment: Assignment) -> bool:
     task = assignment.task
     if type(task).__name__ != kill.phase:
         return False
-    return kill.phase == "Embed" or getattr(task, "block", None) == kill.block
+    return kill.phase in {"Embed", "Boundary"} or getattr(task, "block", None) == kill.block

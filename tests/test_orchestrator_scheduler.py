@@ -1,5 +1,6 @@
 """The very scheduler of a job under every order of events: no clock, no executor, no tensor."""
 
+import os
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_any_number_of_workers_ends_the_job(job: Plan, workers: int) -> None:
     check_whole(site)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=int(os.environ.get("QUANTFLEET_EXAMPLES", "300")))
 @given(st.sampled_from(sorted(PLANS)), st.sets(st.integers(0, BLOCKS - 1)), st.data())
 def test_no_order_of_events_loses_repeats_or_reorders_a_block(
     name: str, done: set[int], data: st.DataObject

@@ -106,7 +106,10 @@ def test_a_killed_job_runs_again_to_the_same_bytes(site: Path, killed: Path) -> 
 
 
 def test_a_killed_job_is_resumed_from_its_store_alone(site: Path, killed: Path) -> None:
+    """Even the texts that it was begun with are gone."""
     shutil.copytree(killed, site / "moved")
+    began = site / "moved" / "job" / "ledger" / "job.json"
+    began.write_text(began.read_text().replace("text.txt", "gone.txt"))
     done = len(_records(site, "moved"))
     outcome = quantfleet("resume", "--in-process", site / "moved" / "job")
     assert outcome.code == 0, outcome

@@ -33,16 +33,20 @@ Tell = Callable[[int, int], None]  # how many of how many forwards are done
 
 
 def evaluate(
-    model: Any, tokenizer: Any, spec: EvaluationSpec, tell: Tell = lambda done, total: None
+    model: Any,
+    tokenizer: Any,
+    spec: EvaluationSpec,
+    text: str | None,
+    tell: Tell = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics by task. Raises SpecError for a task that lm-eval does not know."""
+    """Metrics by task; `text` is what `read_text` made of the spec's."""
     from lm_eval import simple_evaluate
 
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, _quiet(), torch.no_grad():
         tasks = list(spec.tasks)
-        if spec.text is not None:
-            tasks.insert(0, _write_text_task(Path(scratch), spec))
+        if text is not None:
+            tasks.insert(0, _write_text_task(Path(scratch), text))
         wrapped = _watched_model(tell)(
             pretrained=model,
             tokenizer=tokenizer,
@@ -102,14 +106,20 @@ def _task_manager(spec: EvaluationSpec, scratch: Path | None) -> Any:
     return TaskManager(include_path=folders or None, include_defaults=bool(spec.tasks))
 
 
-def _write_text_task(folder: Path, spec: EvaluationSpec) -> str:
-    assert spec.text is not None
+def read_text(spec: EvaluationSpec) -> str | None:
+    """The part of the local text that is measured. Raises SourceError or SpecError."""
+    if spec.text is None:
+        return None
     try:
         text = spec.text.read_text(encoding="utf-8")[: spec.max_characters]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read evaluation.text: {error}") from None
     if not text.strip():
         raise SpecError(f"evaluation.text: {spec.text} is empty: name a text")
+    return text
+
+
+def _write_text_task(folder: Path, text: str) -> str:
     rows = folder / "rows.jsonl"
     rows.write_text(json.dumps({"text": text}) + "\n")
     filled = _TEXT_TASK_FILE.format(task=TEXT_TASK, rows=rows, cache=folder / "cache")

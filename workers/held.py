@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from workers.blocks import BlockModel, Inputs
-from workers.calibration import token_windows
 from workers.plan import Plan
-from workers.sources import ModelSource
 from workers.tasks import HeldChunk
 
 
@@ -20,12 +18,10 @@ class _Chunk:
 
 
 class Held:
-    def __init__(self, plan: Plan, source: ModelSource, model: BlockModel) -> None:
+    def __init__(self, plan: Plan, model: BlockModel) -> None:
         self._plan = plan
-        self._source = source
         self._model = model
         self._chunks: dict[int, _Chunk] = {}
-        self._windows: Tensor | None = None
 
     def at(self, chunk: int, block: int) -> list[Inputs]:
         """A chunk's micro-batches, which must be the inputs of `block`."""
@@ -67,12 +63,11 @@ class Held:
 
     def _ids(self, chunk: int) -> list[Tensor]:
         """The token ids of a chunk's micro-batches."""
-        if self._windows is None:
-            assert self._plan.calibration is not None
-            self._windows = token_windows(self._plan.calibration, self._source.tokenizer())
+        assert self._plan.tokens is not None
         size = self._plan.contract.micro_batch
         numbers = self._plan.micro_batches_of(chunk, chunk + 1)
-        return [self._windows[number * size : (number + 1) * size] for number in numbers]
+        rows = [self._plan.tokens[number * size : (number + 1) * size] for number in numbers]
+        return [torch.tensor(ids_BL, dtype=torch.int64) for ids_BL in rows]
 
 
 def pack(block: int, hidden: Iterable[Tensor]) -> HeldChunk:

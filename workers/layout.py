@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 JOB = "ledger/job.json"
+CALIBRATION = "ledger/calibration.jsonl"  # the token ids, a row for each sequence
+EVALUATION = "ledger/evaluation.txt"  # the part of the text that is measured
 OUTSIDE = "outside"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"

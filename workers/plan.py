@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from jobs.spec import CalibrationSpec, Method
@@ -95,6 +97,7 @@ class Plan:
     search_range: bool
     calibration: CalibrationSpec | None
     contract: Contract
+    tokens: npt.NDArray[np.int32] | None = None  # (sequences, length): the calibration's token ids
     shards: int = 1  # runs of blocks that are calibrated at once
     conditional_writes: bool = True  # of the store
 

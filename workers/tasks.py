@@ -130,6 +130,7 @@ class Evaluate:
 
     variant: str
     spec: EvaluationSpec
+    text: str | None  # what spec.text holds
 
 
 Task = (

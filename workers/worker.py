@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from jobs.spec import EvaluationSpec
 from quantcore.errors import LeaseError, ResourceError
 from workers.blocks import BlockModel, run_block
 from workers.collecting import Collector
@@ -58,7 +57,7 @@ class Worker:
             plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S
         )
         self._model = BlockModel(self._source, plan.torch_dtype, self._device)
-        self._held = Held(plan, self._source, self._model)
+        self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
         self._tell = tell
 
@@ -113,8 +112,8 @@ class Worker:
                 head = [self._plan.head] if self._plan.head else []
                 encoded = encode_rounded(self._plan, head, self._source)
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
-            case Evaluate(variant, spec):
-                return self._evaluate(variant, spec)
+            case Evaluate():
+                return self._evaluate(task)
 
     def _collect(self, task: Collect) -> Outcome:
         block = self._model.block(task.block)
@@ -170,16 +169,17 @@ class Worker:
             parts.append(pack(task.last, hidden))
         return Outcome({}, tuple(parts))
 
-    def _evaluate(self, variant: str, spec: EvaluationSpec) -> Outcome:
+    def _evaluate(self, task: Evaluate) -> Outcome:
         self._held.clear()
         self._model.release_outside()
         dtype = self._plan.torch_dtype
         tokenizer = self._source.tokenizer()
-        if variant == "original":
+        if task.variant == "original":
             model = original(self._source, dtype)
-        elif variant == "rtn":
+        elif task.variant == "rtn":
             model = rounded(self._source, dtype, self._plan)
         else:
             model, tokenizer = stored_artifact(self._store, dtype)
-        metrics = evaluate(model.to(self._device), tokenizer, spec, self._tell)
+        model = model.to(self._device)
+        metrics = evaluate(model, tokenizer, task.spec, task.text, self._tell)
         return Outcome({"metrics": metrics})
