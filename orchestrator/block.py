@@ -72,7 +72,8 @@ class BlockWork:
         return self.publish.done is not None
 
     def uncollected(self, chunks: Iterable[int]) -> tuple[int, ...]:
-        if not self.calibrated:
+        """Those of the chunks whose moments are still asked for."""
+        if all(step.done is not None or self._reduced(step) for step in self.solves):
             return ()
         taken = {chunk for step in self.collects for chunk in _chunks(step)}
         return tuple(chunk for chunk in chunks if chunk not in taken)
@@ -82,23 +83,18 @@ class BlockWork:
         self.collects.append(step)
         return self._start(step, parts=sum(self._bands))
 
-    def offer(self, worker: int) -> Assignment | None:
+    def offer(self) -> Assignment | None:
         """What anyone could do now, the dearest first: the others wait for it."""
-        if not self.calibrated:
-            return self._start(self.publish) if self.publish.waiting else None
-        if any(step.done is None for step in self.collects) or self.uncollected(
-            range(self.plan.contract.chunks)
-        ):
-            return None
-        for (group, band), step in self.reduces.items():
-            if step.waiting:
-                part = sum(self._bands[:group]) + band
-                return self._start(step, [(_done(c), part) for c in self.collects], parts=1)
+        if all(step.done is not None for step in self.solves):
+            solved = [(_done(step), 0) for step in self.solves]
+            return self._start(self.publish, solved) if self.publish.waiting else None
         for step in self.solves:
-            if step.waiting and (inputs := self._hessian(step)) is not None:
+            if not step.waiting:
+                continue
+            if (inputs := self._hessian(step)) is not None:
                 return self._start(step, inputs, parts=1)
-        if self.publish.waiting and all(step.done for step in self.solves):
-            return self._start(self.publish, [(_done(step), 0) for step in self.solves])
+            if (assignment := self._reduce(step)) is not None:
+                return assignment
         return None
 
     def finished(self, assignment: str, worker: int) -> Step:
@@ -131,15 +127,34 @@ class BlockWork:
         return released
 
     def _hessian(self, solve: Step) -> list[Part] | None:
-        """The parts that make up the Hessian of a group; None while bands are not reduced."""
-        assert isinstance(solve.task, Solve)
-        group = solve.task.group
-        bands = [step for (number, _), step in self.reduces.items() if number == group]
-        if any(step.done is None for step in bands):
-            return None
+        """The parts that make up a group's Hessian; None while they are not all there."""
+        bands = self._bands_of(solve)
         if bands:
-            return [(_done(step), 0) for step in bands]
-        return [(_done(step), sum(self._bands[:group])) for step in self.collects]
+            return [(_done(step), 0) for step in bands] if self._reduced(solve) else None
+        first = sum(self._bands[: _group(solve)])
+        return [(_done(step), first) for step in self.collects] if self._collected() else None
+
+    def _reduce(self, solve: Step) -> Assignment | None:
+        """One row band of a group's Hessian, if there is one to do."""
+        step = next((step for step in self._bands_of(solve) if step.waiting), None)
+        if step is None or not self._collected():
+            return None
+        assert isinstance(step.task, Reduce)
+        part = sum(self._bands[: step.task.group]) + step.task.band
+        return self._start(step, [(_done(c), part) for c in self.collects], parts=1)
+
+    def _bands_of(self, solve: Step) -> list[Step]:
+        group = _group(solve)
+        return [step for (number, _), step in self.reduces.items() if number == group]
+
+    def _reduced(self, solve: Step) -> bool:
+        bands = self._bands_of(solve)
+        return bool(bands) and all(step.done is not None for step in bands)
+
+    def _collected(self) -> bool:
+        """Whether every chunk's moments are there."""
+        count = sum(len(_chunks(step)) for step in self.collects if step.done is not None)
+        return count == self.plan.contract.chunks
 
     def _start(self, step: Step, inputs: Iterable[Part] = (), parts: int = 0) -> Assignment:
         kind = type(step.task).__name__.lower()
@@ -168,6 +183,11 @@ def band_count(width: int, hands: int) -> int:
 def _chunks(step: Step) -> tuple[int, ...]:
     assert isinstance(step.task, Collect)
     return step.task.chunks
+
+
+def _group(solve: Step) -> int:
+    assert isinstance(solve.task, Solve)
+    return solve.task.group
 
 
 def _done(step: Step) -> str:

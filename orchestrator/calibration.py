@@ -61,7 +61,7 @@ class Shard:
         self._chunk_bytes = chunk_bytes
         self._transfer = _TRANSFER_BYTES_PER_S
         self._trips: dict[str, _Trip] = {}
-        self._workers_of: dict[str, int] = {}  # the block's assignments under way
+        self._given: dict[str, tuple[int, BlockWork]] = {}  # steps of a block under way
         self._hands: dict[str, tuple[int, set[int]]] = {}  # parts: who gave them, chunks not taken
         self._gone: set[str] = set()  # of those, the ones that were lost
         self._serial = 0
@@ -110,13 +110,13 @@ class Shard:
         for step in steps if block.calibrated else ():
             if (assignment := step(worker, block)) is not None:
                 return assignment
-        assignment = block.offer(worker)
+        assignment = block.offer()
         if assignment is not None:
-            self._workers_of[assignment.id] = worker
+            self._given[assignment.id] = (worker, block)
         return assignment
 
     def finished(self, assignment: str, seconds: float) -> list[str]:
-        if assignment in self._workers_of:
+        if assignment in self._given:
             return self._finish_step(assignment, seconds)
         trip = self._trips.pop(assignment)
         if self.complete():  # by others, meanwhile
@@ -145,10 +145,9 @@ class Shard:
         return []
 
     def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
-        if assignment in self._workers_of:
-            del self._workers_of[assignment]
-            assert self._block is not None
-            return self._block.returned(assignment, missing)
+        if assignment in self._given:
+            _, block = self._given.pop(assignment)
+            return block.returned(assignment, missing) if block is self._block else []
         trip = self._trips.pop(assignment)
         if isinstance(trip.task, Embed):
             self._holdings.orphan(trip.chunks)
@@ -255,7 +254,7 @@ class Shard:
         if not numbers:
             return None
         assignment = block.collect(numbers)
-        self._workers_of[assignment.id] = worker
+        self._given[assignment.id] = (worker, block)
         return assignment
 
     def _adopt(self, worker: int, _block: BlockWork) -> Assignment | None:
@@ -278,9 +277,9 @@ class Shard:
         return Assignment(id=name, task=task, **options)  # type: ignore[arg-type]
 
     def _finish_step(self, assignment: str, seconds: float) -> list[str]:
-        block = self._block
-        assert block is not None
-        worker = self._workers_of.pop(assignment)
+        worker, block = self._given.pop(assignment)
+        if block is not self._block:  # which was published without it: it had been done before
+            return [assignment]
         step = block.finished(assignment, worker)
         if isinstance(step.task, Collect):
             self._holdings.paces[worker].note("Collect", seconds / len(step.task.chunks))
