@@ -18,7 +18,7 @@ class Bag:
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self._left = dict(tasks)
-        self._tries: dict[str, int] = dict.fromkeys(tasks, 0)
+        self._tries: dict[str, int] = {}  # of those that came back
         self._running: dict[str, tuple[str, Task]] = {}
 
     def joined(self, worker: int) -> None: ...
@@ -29,10 +29,9 @@ class Bag:
     def offer(self, worker: int) -> Assignment | None:
         if not self._left:
             return None
-        name = next(iter(self._left))
-        task = self._left.pop(name)
-        self._tries[name] += 1
-        again = f"{_AGAIN}{self._tries[name]}" if self._tries[name] > 1 else ""
+        name, task = next(iter(self._left.items()))
+        del self._left[name]
+        again = f"{_AGAIN}{self._tries[name]}" if name in self._tries else ""
         self._running[name + again] = (name, task)
         return Assignment(id=name + again, task=task)
 
@@ -42,7 +41,8 @@ class Bag:
 
     def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
         name, task = self._running.pop(assignment)
-        self._left = {name: task, **self._left}  # first again: its place in line was first
+        self._tries[name] = self._tries.get(name, 1) + 1
+        self._left[name] = task
         return []
 
     def complete(self) -> bool:

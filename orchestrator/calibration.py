@@ -69,6 +69,8 @@ class Shard:
         self._before = before
         self._after: Shard | None = None
         self._shown: set[int] = set()  # chunks that the next shard was shown
+        self._nothing_at = -1  # the version at which the block had nothing for anyone
+        self.version = 0  # raised whenever there may be something to do that was not before
         if before is not None:
             before._after = self
 
@@ -81,10 +83,12 @@ class Shard:
         return len(self._left)
 
     def joined(self, worker: int) -> None:
+        self._changed()
         self._holdings.joined(worker)
 
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
         """Whoever it worked for: its results may be of use here."""
+        self._changed()
         released = [] if parts_kept else self._forget_handed_by(worker)
         self._holdings.lost(worker)
         if self._block is not None and not parts_kept:
@@ -110,12 +114,17 @@ class Shard:
         for step in steps if block.calibrated else ():
             if (assignment := step(worker, block)) is not None:
                 return assignment
+        if self._nothing_at == self.version:  # the answer to another worker, the same for all
+            return None
         assignment = block.offer()
-        if assignment is not None:
+        if assignment is None:
+            self._nothing_at = self.version
+        else:
             self._given[assignment.id] = (worker, block)
         return assignment
 
     def finished(self, assignment: str, seconds: float) -> list[str]:
+        self._changed()
         if assignment in self._given:
             return self._finish_step(assignment, seconds)
         trip = self._trips.pop(assignment)
@@ -145,6 +154,7 @@ class Shard:
         return []
 
     def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
+        self._changed()
         if assignment in self._given:
             _, block = self._given.pop(assignment)
             return block.returned(assignment, missing) if block is self._block else []
@@ -159,6 +169,12 @@ class Shard:
             self._holdings.orphan(lost)
             return self._forget(lost)
         return []  # with its worker's other chunks, if it was lost
+
+    def _changed(self) -> None:
+        """Neighbours wait for what this shard shows, and for it to take what they show."""
+        for shard in (self, self._before, self._after):
+            if shard is not None:
+                shard.version += 1
 
     def _current(self) -> BlockWork:
         """The first block that is not published; when it is a new one, chunks may change hands."""
@@ -207,7 +223,7 @@ class Shard:
     def _show_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:
         """Once a chunk has passed a published block, or the shard is done, it is too late."""
         last_chance = block.index > self._blocks.start or len(self._left) == 1
-        return self._boundary(worker, self._to_show(worker) if last_chance else ())
+        return self._boundary(worker, self._to_show(worker)[:1] if last_chance else ())
 
     def _show(self, worker: int, _block: BlockWork) -> Assignment | None:
         """One chunk at a time, and not more than the next shard's workers soon take."""

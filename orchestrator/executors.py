@@ -98,11 +98,12 @@ class InProcessExecutor:
         except QuantfleetError as error:
             return Result(assignment.id, worker, error=error)
         assert len(outcome.parts) == assignment.parts
-        self._parts[assignment.id] = outcome.parts
+        if outcome.parts:
+            self._parts[assignment.id] = outcome.parts
         return Result(assignment.id, worker, time.perf_counter() - start, outcome.summary)
 
     def release(self, assignment: str) -> None:
-        del self._parts[assignment]
+        self._parts.pop(assignment, None)
 
     def close(self) -> None:
         self._queue.clear()

@@ -39,21 +39,22 @@ class Observer:
 class Timings:
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
-    tasks: dict[str, list[float]] = field(default_factory=dict)
+    tasks: dict[str, tuple[int, float]] = field(default_factory=dict)  # by kind: count, seconds
 
     def of_phase(self, name: str, start: float) -> None:
         self.phases[name] = round(time.perf_counter() - start, 3)
 
     def of_task(self, result: Result) -> None:
         kind = result.assignment.partition("/")[0]
-        self.tasks.setdefault(kind, []).append(result.seconds)
+        count, seconds = self.tasks.get(kind, (0, 0.0))
+        self.tasks[kind] = (count + 1, seconds + result.seconds)
 
 
 def execute(
     works: Sequence[Work],
     executor: Executor,
     observer: Observer,
-    timings: Timings | None = None,
+    timings: Timings,
     may_go_on: Callable[[], None] = lambda: None,
 ) -> Summaries:
     """Do some works to their end; every task's summary. Raises the error that ended it.
@@ -96,9 +97,9 @@ def execute(
                 event = WorkerLost(worker, parts_kept)
             case Result(error=None) as result:
                 assignment = running.pop(result.assignment)
-                summaries[name_of(assignment)] = result.summary
-                if timings is not None:
-                    timings.of_task(result)
+                if result.summary:  # most have none: what is kept must not grow with the tasks
+                    summaries[name_of(assignment)] = result.summary
+                timings.of_task(result)
                 observer.finished(assignment, result)
                 event = Finished(result.assignment, result.seconds)
             case Result(missing=()) as result:

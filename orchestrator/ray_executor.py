@@ -72,7 +72,8 @@ class RayExecutor:
         call = self._members[worker].actor.run.options(num_returns=1 + assignment.parts)
         refs = call.remote(assignment.task, assignment.parts, inputs)
         first, *parts = refs if assignment.parts else [refs]
-        self._refs[assignment.id] = parts
+        if parts:
+            self._refs[assignment.id] = parts
         self._running[first] = (worker, assignment, time.perf_counter())
 
     def next_news(self) -> News:

@@ -1,7 +1,6 @@
 """report/report.json: what was made, layer by layer, and how good it is."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from orchestrator.checks import Prepared, describe
@@ -14,7 +13,7 @@ def make_report(
     records: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     phases: Mapping[str, float],
-    tasks: Mapping[str, Sequence[float]],
+    tasks: Mapping[str, tuple[int, float]],
 ) -> dict[str, Any]:
     layers = [line for record in records for line in record["layers"]]
     return {
@@ -34,7 +33,7 @@ def make_report(
         "evaluation": metrics,
         "seconds": dict(phases),
         "task_seconds": {
-            kind: {"count": len(times), "mean": fmean(times), "total": sum(times)}
-            for kind, times in tasks.items()
+            kind: {"count": count, "mean": seconds / count, "total": seconds}
+            for kind, (count, seconds) in tasks.items()
         },
     }

@@ -16,6 +16,9 @@ class Shards:
         self._every_chunk = tuple(range(chunks))
         self._shard_of: dict[int, Shard] = {}
         self._given_by: dict[str, Shard | None] = {}  # None: a worker on its way to another shard
+        # a worker that was given nothing, and its shard's version then: so that hundreds of idle
+        # workers are not looked at again after each event elsewhere
+        self._waiting: dict[int, tuple[Shard, int]] = {}
         self._moves = 0
 
     def joined(self, worker: int) -> None:
@@ -23,6 +26,7 @@ class Shards:
 
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
         self._shard_of.pop(worker, None)
+        self._waiting.pop(worker, None)
         released = []
         for shard in self._shards:
             released += shard.lost(worker, parts_kept=parts_kept)
@@ -30,12 +34,14 @@ class Shards:
 
     def offer(self, worker: int) -> Assignment | None:
         shard = self._shard_of.get(worker)
-        if shard is None:
+        if shard is None or self._waiting.get(worker) == (shard, shard.version):
             return None
         if shard.complete():
             return self._move(worker, shard)
         assignment = shard.offer(worker)
-        if assignment is not None:
+        if assignment is None:
+            self._waiting[worker] = (shard, shard.version)
+        else:
             self._given_by[assignment.id] = shard
         return assignment
 
