@@ -111,6 +111,7 @@ def _ours(options: argparse.Namespace, scratch: Path, calibration: Path) -> dict
             "field": "input_ids",
             "sequences": options.sequences,
             "length": options.length,
+            "shards": options.shards,
         },
         "workers": {"count": 2, "threads": 1},
         "output": {"store": str(scratch / "store")},
@@ -148,6 +149,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--offsets", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--shards", type=int, default=1, help="of our side: runs of blocks")
     parser.add_argument("--compute-dtype", default="float32")
     parser.add_argument("--quantization", default="{}", help="more keys of the section, as JSON")
     parser.add_argument("--json", type=Path, help="where to write the figures")
