@@ -212,6 +212,20 @@ def fetch(
             OUT.print(escape(line), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def timeline(
+    log: Annotated[Path, typer.Argument(help="A log of quantfleet run.")],
+    output: Annotated[Path, typer.Argument(help="Where to write the trace (JSON).")],
+) -> None:
+    """Turn a job's log into a timeline of its tasks, for chrome://tracing or Perfetto."""
+    with reported():
+        import json
+
+        from orchestrator.timeline import timeline as trace_of
+
+        output.write_text(json.dumps(trace_of(log)))
+
+
 @app.command(name="eval")
 def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
     model: Annotated[str, typer.Argument(help="A fetched folder, or a job in its store.")],
@@ -250,17 +264,23 @@ def _run(
 ) -> None:
     from orchestrator.driver import run_job
     from orchestrator.log import start_log
+    from orchestrator.loop import Observers
     from orchestrator.progress import Watcher
 
     def start_workers(plan: "Plan") -> "Executor":
         executor = site.start_workers(plan, prepared)
         signal.signal(signal.SIGTERM, interrupt)  # Ray took it for itself
+        if site.cluster is not None:
+            from orchestrator.ray_metrics import RayMetrics
+
+            observers.add(RayMetrics(prepared.spec.name))
         return executor
 
     log, path = start_log(prepared.spec.name, log_file, log_json)
     watcher = Watcher(ERR, log, quiet=as_json or log_json)
+    observers = Observers(watcher)
     try:
-        result = run_job(prepared, start_workers, watcher)
+        result = run_job(prepared, start_workers, observers)
     except BaseException as error:
         log.error("job ended", error=type(error).__name__, message=str(error))
         raise

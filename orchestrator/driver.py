@@ -75,6 +75,7 @@ def run_job(
     executor = start_workers(plan)
     try:
         driver.timings.of_phase("start", driver.timings.started)
+        observer.note("workers started", present=len(executor.present()))
         content = with_content(known, driver.survey(executor))
         if previous is not None:
             refuse_difference(store, previous["identity"], content)

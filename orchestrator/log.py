@@ -33,7 +33,7 @@ def start_log(name: str, file: Path | None, to_stderr: bool) -> tuple[Any, Path]
             structlog.processors.JSONRenderer(default=str),
         ],
     )
-    return logger, file
+    return logger.bind(job=name), file
 
 
 class _Tee:

@@ -35,6 +35,36 @@ class Observer:
     def note(self, event: str, **facts: Any) -> None: ...
 
 
+class Observers(Observer):
+    """Several observers, each told of everything."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = list(observers)
+
+    def add(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    def phase(self, name: str, steps: int, done: int = 0) -> None:
+        for observer in self._observers:
+            observer.phase(name, steps, done)
+
+    def submitted(self, assignment: Assignment, worker: int) -> None:
+        for observer in self._observers:
+            observer.submitted(assignment, worker)
+
+    def progressed(self, assignment: Assignment, done: int, total: int) -> None:
+        for observer in self._observers:
+            observer.progressed(assignment, done, total)
+
+    def finished(self, assignment: Assignment, result: Result) -> None:
+        for observer in self._observers:
+            observer.finished(assignment, result)
+
+    def note(self, event: str, **facts: Any) -> None:
+        for observer in self._observers:
+            observer.note(event, **facts)
+
+
 @dataclass(slots=True)
 class Timings:
     started: float = field(default_factory=time.perf_counter)
@@ -89,10 +119,12 @@ def execute(
         may_go_on()
         match executor.next_news():
             case Arrival(worker):
-                observer.note("worker joined", worker=worker)
+                present = len(executor.present())
+                observer.note("worker joined", worker=worker, present=present)
                 event = Joined((worker,))
             case Loss(worker, error, parts_kept):
-                observer.note("worker lost", worker=worker, why=str(error))
+                present = len(executor.present())
+                observer.note("worker lost", worker=worker, present=present, why=str(error))
                 failure = error
                 event = WorkerLost(worker, parts_kept)
             case Result(error=None) as result:

@@ -72,11 +72,11 @@ class Watcher(Observer):
             self._say(f"{self._phase}: {self._total - self._done} to do")
 
     def submitted(self, assignment: Assignment, worker: int) -> None:
-        self._log.debug("task started", task=assignment.id, worker=worker)
+        self._log.debug("task started", worker=worker, **_names(assignment))
 
     def finished(self, assignment: Assignment, result: Result) -> None:
         seconds = round(result.seconds, 3)
-        self._log.info("task finished", task=assignment.id, worker=result.worker, seconds=seconds)
+        self._log.info("task finished", worker=result.worker, seconds=seconds, **_names(assignment))
         self._parts.pop(assignment.id, None)
         if _counts(assignment):
             self._done += 1
@@ -128,6 +128,15 @@ class Watcher(Observer):
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False)
+
+
+def _names(assignment: Assignment) -> dict[str, Any]:
+    """What a task is known by in the log."""
+    names: dict[str, Any] = {"task": assignment.id, "kind": type(assignment.task).__name__}
+    for field in ("block", "group", "band", "chunks", "first", "last", "variant"):
+        if (value := getattr(assignment.task, field, None)) is not None:
+            names[field] = value
+    return names
 
 
 def _counts(assignment: Assignment) -> bool:

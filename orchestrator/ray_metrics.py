@@ -1,0 +1,51 @@
+"""A job's figures as Prometheus metrics, through Ray's own exporter on every node of a cluster."""
+
+from typing import Any
+
+from orchestrator.executors import Result
+from orchestrator.loop import Observer
+from orchestrator.scheduler import Assignment
+from workers.tasks import Publish, Round
+
+_SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300]
+
+
+class RayMetrics(Observer):
+    """To be made once Ray is connected. Every metric carries the job's name."""
+
+    def __init__(self, job: str) -> None:
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        keys = ("job",)
+        self._tasks = Counter("quantfleet_tasks", "Tasks finished.", (*keys, "kind"))
+        self._seconds = Histogram(
+            "quantfleet_task_seconds", "Seconds from dealt to done.", _SECONDS, (*keys, "kind")
+        )
+        self._blocks = Gauge("quantfleet_blocks_done", "Blocks published.", keys)
+        self._total = Gauge("quantfleet_blocks", "Blocks of the model.", keys)
+        self._workers = Gauge("quantfleet_workers", "Workers present.", keys)
+        self._losses = Counter("quantfleet_workers_lost", "Workers lost.", keys)
+        for metric in (self._tasks, self._seconds, self._blocks, self._total):
+            metric.set_default_tags({"job": job})
+        for metric in (self._workers, self._losses):
+            metric.set_default_tags({"job": job})
+        self._done = self._present = 0
+
+    def finished(self, assignment: Assignment, result: Result) -> None:
+        kind = {"kind": type(assignment.task).__name__}
+        self._tasks.inc(tags=kind)
+        self._seconds.observe(max(result.seconds, 1e-6), tags=kind)
+        if isinstance(assignment.task, Publish | Round):
+            self._done += 1
+            self._blocks.set(self._done)
+
+    def note(self, event: str, **facts: Any) -> None:
+        if event == "quantizing":
+            self._done = facts["done"]
+            self._blocks.set(self._done)
+            self._total.set(facts["blocks"])
+        elif event == "worker lost":
+            self._losses.inc()
+        if event in {"workers started", "worker joined", "worker lost"}:
+            self._present = facts["present"]
+            self._workers.set(self._present)
