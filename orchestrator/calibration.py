@@ -19,9 +19,22 @@ from dataclasses import dataclass
 
 from orchestrator.block import BlockWork
 from orchestrator.holdings import NOWHERE, Chunk, Holdings
+from orchestrator.keeping import Keeping
 from orchestrator.scheduler import Assignment
 from workers.plan import Plan
-from workers.tasks import Advance, Boundary, Collect, Drop, Embed, Hand, Take, Task
+from workers.tasks import (
+    Advance,
+    Boundary,
+    Collect,
+    Drop,
+    Embed,
+    Hand,
+    Keep,
+    Load,
+    Sweep,
+    Take,
+    Task,
+)
 
 _TRANSFER_BYTES_PER_S = 200e6  # until a transfer was seen
 _MOST_WAITING = 2  # chunks shown to a shard and not yet taken, for each of its workers
@@ -50,6 +63,7 @@ class Shard:
         done: Collection[int],
         *,
         before: "Shard | None" = None,
+        keeping: Keeping | None = None,
         epoch: int = 0,
         chunk_bytes: int = 1,
     ) -> None:
@@ -59,6 +73,8 @@ class Shard:
         self._holdings = Holdings(plan.contract.chunks)
         self._left = [block for block in blocks if block not in done]
         self._chunk_bytes = chunk_bytes
+        self._keeping = keeping or Keeping(plan.contract.chunks, chunk_bytes, 0.0)
+        self._sweeps: list[Sweep] = []  # of what is kept and of no more use
         self._transfer = _TRANSFER_BYTES_PER_S
         self._trips: dict[str, _Trip] = {}
         self._given: dict[str, tuple[int, BlockWork]] = {}  # steps of a block under way
@@ -106,6 +122,7 @@ class Shard:
             self._hand,
             self._take,
             self._show_before_leaving,
+            self._keep_before_leaving,
             self._catch_up,
             self._show,
             self._collect,
@@ -114,23 +131,16 @@ class Shard:
         for step in steps if block.calibrated else ():
             if (assignment := step(worker, block)) is not None:
                 return assignment
-        if self._nothing_at == self.version:  # the answer to another worker, the same for all
-            return None
-        assignment = block.offer()
-        if assignment is None:
-            self._nothing_at = self.version
-        else:
-            self._given[assignment.id] = (worker, block)
-        return assignment
+        return self._offer_step(worker, block) or self._keep(worker)
 
-    def finished(self, assignment: str, seconds: float) -> list[str]:
+    def finished(self, assignment: str, seconds: float) -> list[str]:  # noqa: PLR0912 - a table
         self._changed()
         if assignment in self._given:
             return self._finish_step(assignment, seconds)
         trip = self._trips.pop(assignment)
         if self.complete():  # by others, meanwhile
             return [assignment]
-        each = seconds / len(trip.chunks)
+        each = seconds / max(len(trip.chunks), 1)
         match trip.task:
             case Embed(chunks):
                 self._holdings.settle(chunks, trip.worker, 0)
@@ -142,6 +152,14 @@ class Shard:
                 self._shown.update(chunks)
                 assert self._after is not None
                 return self._after._receive(assignment, trip.worker, chunks)
+            case Load(block, chunks):
+                self._holdings.settle(chunks, trip.worker, block)
+                if block > self._blocks.start:  # too late to be shown
+                    self._shown.update(chunks)
+            case Keep(block, chunks):
+                useless_before = self._keeping.kept(block, chunks, seconds)
+                if useless_before is not None:
+                    self._sweeps.append(Sweep(self._blocks.start, useless_before))
             case Hand(chunks):
                 self._hands[assignment] = (trip.worker, set(chunks))
                 for part, number in enumerate(chunks):
@@ -159,7 +177,7 @@ class Shard:
             _, block = self._given.pop(assignment)
             return block.returned(assignment, missing) if block is self._block else []
         trip = self._trips.pop(assignment)
-        if isinstance(trip.task, Embed):
+        if isinstance(trip.task, Embed | Load):
             self._holdings.orphan(trip.chunks)
         if isinstance(trip.task, Take):
             gone = self._gone.union(missing)
@@ -176,11 +194,22 @@ class Shard:
             if shard is not None:
                 shard.version += 1
 
+    def _offer_step(self, worker: int, block: BlockWork) -> Assignment | None:
+        if self._nothing_at == self.version:  # the answer to another worker, the same for all
+            return None
+        assignment = block.offer()
+        if assignment is None:
+            self._nothing_at = self.version
+        else:
+            self._given[assignment.id] = (worker, block)
+        return assignment
+
     def _current(self) -> BlockWork:
         """The first block that is not published; when it is a new one, chunks may change hands."""
         if self._block is None:
             self._block = BlockWork(self._plan, self._left[0], max(1, self.members), self._epoch)
             self._holdings.rebalance(len(self._left), self._chunk_bytes / self._transfer)
+            self._keeping.consider(self._left[0], self._holdings.paces.values())
         return self._block
 
     def _hand(self, worker: int, _block: BlockWork) -> Assignment | None:
@@ -220,6 +249,17 @@ class Shard:
         published = index >= self._blocks.start
         return self._trip(worker, Advance(index, numbers, published), numbers)
 
+    def _keep_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:
+        held = self._holdings.held(worker)
+        return self._keep(worker) if any(c.at < block.index for c in held) else None
+
+    def _keep(self, worker: int) -> Assignment | None:
+        """When there is nothing else to do, if the block leaves time for it."""
+        if self._sweeps:
+            return self._trip(worker, self._sweeps.pop(), ())
+        block, numbers = self._keeping.due(self._holdings.held(worker))
+        return self._trip(worker, Keep(block, numbers), numbers) if numbers else None
+
     def _show_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:
         """Once a chunk has passed a published block, or the shard is done, it is too late."""
         last_chance = block.index > self._blocks.start or len(self._left) == 1
@@ -251,7 +291,8 @@ class Shard:
         wanted = set()
         for part, number in enumerate(chunks):
             chunk = self._holdings.chunks[number]
-            if chunk.owner is None and chunk.handed is None:
+            kept = self._keeping.nearest(number, self._blocks.stop)
+            if chunk.owner is None and chunk.handed is None and kept is None:
                 chunk.handed, chunk.at = (assignment, part), self._blocks.start
                 wanted.add(number)
         self._hands[assignment] = (giver, wanted)
@@ -259,6 +300,12 @@ class Shard:
 
     def _waiting(self) -> int:
         return sum(chunk.handed is not None for chunk in self._holdings.chunks)
+
+    def _waits_for(self, number: int, block: int) -> bool:
+        """Whether a chunk does better to come from the shard before than to be made here."""
+        if self._before is None or self._keeping.nearest(number, block) is not None:
+            return False
+        return self._before._will_show(number)
 
     def _will_show(self, number: int) -> bool:
         """Whether the next shard does well to wait for a chunk rather than make it itself."""
@@ -273,16 +320,18 @@ class Shard:
         self._given[assignment.id] = (worker, block)
         return assignment
 
-    def _adopt(self, worker: int, _block: BlockWork) -> Assignment | None:
+    def _adopt(self, worker: int, block: BlockWork) -> Assignment | None:
         orphans = self._holdings.orphans()
-        if self._before is not None:
-            orphans = [c for c in orphans if not self._before._will_show(c.number)]
+        orphans = [c for c in orphans if not self._waits_for(c.number, block.index)]
         wanted = min(len(orphans), self._holdings.deficit(worker))
         if wanted <= 0:
             return None
-        numbers = tuple(chunk.number for chunk in orphans[:wanted])
+        kept = {c.number: self._keeping.nearest(c.number, block.index) for c in orphans[:wanted]}
+        start = max(kept.values(), key=lambda at: NOWHERE if at is None else at)
+        numbers = tuple(number for number, at in kept.items() if at == start)
         self._holdings.settle(numbers, worker, NOWHERE)
-        return self._trip(worker, Embed(numbers), numbers)
+        task = Embed(numbers) if start is None else Load(start, numbers)
+        return self._trip(worker, task, numbers)
 
     def _trip(
         self, worker: int, task: Task, chunks: tuple[int, ...], **options: object

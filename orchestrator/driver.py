@@ -33,7 +33,16 @@ from orchestrator.scheduler import Work
 from orchestrator.works import quantization_works, survey_tasks
 from quantcore.errors import LeaseError, QuantfleetError
 from workers.evaluate import read_text
-from workers.layout import MANIFEST, OUTSIDE, REPORT, block_key, dump, record_name
+from workers.layout import (
+    KEPT,
+    MANIFEST,
+    OUTSIDE,
+    REPORT,
+    block_key,
+    dump,
+    kept_in,
+    record_name,
+)
 from workers.plan import Plan
 from workers.publish import read_record
 from workers.store import STORE_PATIENCE_S, Store, open_store
@@ -111,8 +120,14 @@ class _Driver:
         done = finished_keys(store, [*keys, OUTSIDE])
         kept = len(done & set(keys))
         self.observer.note("quantizing", blocks=len(keys), done=kept)
-        size = chunk_bytes(prepared)
-        works = quantization_works(plan, done, epoch=lease.epoch, chunk_bytes=size)
+        works = quantization_works(
+            plan,
+            done,
+            epoch=lease.epoch,
+            chunk_bytes=chunk_bytes(prepared),
+            losses_per_day=prepared.spec.workers.losses_per_day,
+            kept=kept_in(store.list(f"{KEPT}/")),
+        )
         self._work("quantize", works, executor, len(keys), kept, lease)
 
         records = [read_record(store, key) for key in [*keys, OUTSIDE]]

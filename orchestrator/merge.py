@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.checks import Prepared
 from quantcore.formats import FORMATS
-from workers.layout import INDEX, MANIFEST, MODEL, dump, hash_file
+from workers.layout import INDEX, KEPT, MANIFEST, MODEL, dump, hash_file
 from workers.store import Store
 
 FileFacts = dict[str, dict[str, Any]]  # by name: sha256 and size
@@ -46,6 +46,8 @@ def commit(store: Store, job: str, files: FileFacts) -> bool:
         for name in store.list(f"{MODEL}/"):
             if name not in files:  # a block file that lost its race, or of an earlier attempt
                 store.delete(name)
+        for name in store.list(f"{KEPT}/"):
+            store.delete(name)
     return written
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 from orchestrator.bag import Bag
 from orchestrator.calibration import Shard
+from orchestrator.keeping import Keeping
 from orchestrator.scheduler import Work
 from orchestrator.shards import Shards
 from workers.layout import OUTSIDE, block_key
@@ -30,12 +31,19 @@ def survey_tasks(tensors: Mapping[str, int], workers: int) -> dict[str, Task]:
 
 
 def quantization_works(
-    plan: Plan, done: Collection[str], *, epoch: int = 0, chunk_bytes: int = 1
+    plan: Plan,
+    done: Collection[str],
+    *,
+    epoch: int = 0,
+    chunk_bytes: int = 1,
+    losses_per_day: float = 0.0,
+    kept: Collection[tuple[int, int]] = (),
 ) -> list[Work]:
     """Everything from the source to published blocks; `done` holds the ledger's keys.
 
     `chunk_bytes` is the size of one chunk's hidden states: what moving it costs. What lies outside
-    the blocks is copied by whoever is idle before the blocks are finished.
+    the blocks is copied by whoever is idle before the blocks are finished. `losses_per_day` of a
+    worker decide how often hidden states are kept; `kept` are (block, chunk) that are there.
     """
     blocks = range(len(plan.blocks))
     outside = Bag({} if OUTSIDE in done else {"outside": CopyOutside(epoch)})
@@ -46,6 +54,10 @@ def quantization_works(
     shards: list[Shard] = []
     for first, last in plan.shard_ranges():
         before = shards[-1] if shards else None
+        mine = {(block, chunk) for block, chunk in kept if first <= block < last}
+        keeping = Keeping(plan.contract.chunks, chunk_bytes, losses_per_day, mine)
         options: dict[str, int] = {"epoch": epoch, "chunk_bytes": chunk_bytes}
-        shards.append(Shard(plan, range(first, last), finished, before=before, **options))
+        shards.append(
+            Shard(plan, range(first, last), finished, before=before, keeping=keeping, **options)
+        )
     return [Shards(shards, plan.contract.chunks), outside]

@@ -29,11 +29,14 @@ from workers.tasks import (
     Drop,
     Embed,
     Hand,
+    Keep,
+    Load,
     Publish,
     Reduce,
     Round,
     Solve,
     Survey,
+    Sweep,
     Take,
 )
 
@@ -61,6 +64,7 @@ class Fleet:
     workers: dict[int, FakeWorker] = field(default_factory=dict)
     results: dict[str, Kept] = field(default_factory=dict)
     published: list[int] = field(default_factory=list)
+    kept: set[tuple[int, int]] = field(default_factory=set)  # (block, chunk) in the store
     losses: Counter[tuple[str, int]] = field(default_factory=Counter)
     started: list[str] = field(default_factory=list)
     stopped: Stop | None = None
@@ -142,6 +146,15 @@ class Fleet:
             case Drop(chunks):
                 for chunk in chunks:
                     worker.held.pop(chunk, None)
+            case Keep(block, chunks):
+                assert all(worker.held[chunk] == block for chunk in chunks)
+                self.kept |= {(block, chunk) for chunk in chunks}
+            case Load(block, chunks):
+                self._check_new(worker, chunks)
+                assert all((block, chunk) in self.kept for chunk in chunks)
+                worker.held |= dict.fromkeys(chunks, block)
+            case Sweep(first, last):
+                self.kept = {(b, chunk) for b, chunk in self.kept if not first <= b < last}
             case Boundary(first, last, chunks):
                 assert (first, last) in self.plan.shard_ranges()
                 assert all(worker.held[chunk] == first for chunk in chunks)

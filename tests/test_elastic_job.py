@@ -1,5 +1,6 @@
 """Jobs whose workers are killed at any point end in the bytes of an undisturbed job."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 
 from orchestrator.checks import check
 from orchestrator.driver import run_job
-from orchestrator.executors import InProcessExecutor
+from orchestrator.executors import InProcessExecutor, Result
 from orchestrator.loop import Observer
-from quantcore.errors import ResourceError
+from orchestrator.scheduler import Assignment
+from quantcore.errors import ResourceError, StoreError
 from tests.conftest import BLOCKS
 from tests.faults import Kill, KillingExecutor, schedule
 
 JobFile = Callable[..., Path]
+_DEEP = 7  # blocks
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,71 @@ def test_workers_that_join_change_no_bit(job_file: JobFile, whole: dict[str, byt
     result = run_job(check(job_file("joined")), start, Observer())
     assert len(executors[0].present()) == 4
     assert _model_bytes(result.store) == _undisturbed(job_file, whole)
+
+
+class _Dies(Observer):
+    """Of an interrupt, when a block was published; notes what was done before."""
+
+    def __init__(self, block: int | None = None) -> None:
+        self.done: list[str] = []
+        self._last = f"publish/{block}/"
+
+    def finished(self, assignment: Assignment, result: Result) -> None:
+        self.done.append(assignment.id)
+        if assignment.id.startswith(self._last):
+            raise KeyboardInterrupt
+
+
+def _kept(store: Path) -> list[Path]:
+    return sorted((store / "activations").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
+    """Blocks enough for a pace to be known before the last ones begin."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=_DEEP)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(job_file: JobFile, deep_model: Path) -> tuple[Path, Path]:
+    """A job and its store, whose driver died late; losses are common."""
+    job = job_file(
+        "kept", model={"path": str(deep_model)}, workers={"count": 2, "losses_per_day": 1e9}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_job(check(job), lambda plan: InProcessExecutor(plan, ["cpu"] * 2), _Dies(_DEEP - 2))
+    store = job.parent / "store" / "kept"
+    assert _kept(store)
+    return job, store
+
+
+def test_a_job_goes_on_from_the_hidden_states_it_kept(
+    job_file: JobFile, deep_model: Path, broken: tuple[Path, Path]
+) -> None:
+    job, store = broken
+    observer = _Dies()
+    result = run_job(check(job), lambda plan: InProcessExecutor(plan, ["cpu"]), observer)
+    assert any(name.startswith("load/") for name in observer.done)
+    assert not any(name.startswith("embed/") for name in observer.done)
+    undisturbed = check(job_file("undisturbed", model={"path": str(deep_model)}))
+    whole = run_job(undisturbed, lambda plan: InProcessExecutor(plan, ["cpu"]), Observer())
+    assert _model_bytes(result.store) == _model_bytes(whole.store)
+    assert _kept(store) == []  # of no use once there is an artifact
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "empty"])
+def test_kept_states_that_were_damaged_are_not_believed(
+    broken: tuple[Path, Path], damage: str
+) -> None:
+    job, store = broken
+    for file in _kept(store):
+        data = file.read_bytes()
+        file.write_bytes({"changed": data[:-1] + b"?", "cut": data[:-9], "empty": b""}[damage])
+    with pytest.raises(StoreError, match="is not what was kept: delete activations/"):
+        run_job(check(job), lambda plan: InProcessExecutor(plan, ["cpu"]), Observer())

@@ -34,10 +34,21 @@ PLANS = {
 }
 
 
-def fleet(job: Plan, done: set[int] | None = None) -> Fleet:
-    done = done or set()
-    keys = {block_key(block) for block in done}
-    return Fleet(job, quantization_works(job, keys, chunk_bytes=10**6), done)
+def fleet(
+    job: Plan,
+    done: set[int] | None = None,
+    losses_per_day: float = 0.0,
+    kept: set[tuple[int, int]] | None = None,
+) -> Fleet:
+    done, kept = done or set(), kept or set()
+    works = quantization_works(
+        job,
+        {block_key(block) for block in done},
+        chunk_bytes=10**6,
+        losses_per_day=losses_per_day,
+        kept=kept,
+    )
+    return Fleet(job, works, done, kept=set(kept))
 
 
 def run_to_the_end(site: Fleet) -> None:
@@ -76,13 +87,27 @@ def test_any_number_of_workers_ends_the_job(job: Plan, workers: int) -> None:
     check_whole(site)
 
 
+@st.composite
+def kept_states(draw: st.DrawFn, job: Plan, done: set[int]) -> set[tuple[int, int]]:
+    """What a driver may have kept before it died: inputs of blocks up to the first unfinished."""
+    kept: set[tuple[int, int]] = set()
+    for first, last in job.shard_ranges() if job.calibration else ():
+        reached = min(set(range(first, last)) - done, default=last - 1)
+        blocks = st.integers(first, reached)
+        chunks = st.integers(0, job.contract.chunks - 1)
+        kept |= draw(st.sets(st.tuples(blocks, chunks), max_size=20))
+    return kept
+
+
 @settings(deadline=None, max_examples=int(os.environ.get("QUANTFLEET_EXAMPLES", "300")))
 @given(st.sampled_from(sorted(PLANS)), st.sets(st.integers(0, BLOCKS - 1)), st.data())
 def test_no_order_of_events_loses_repeats_or_reorders_a_block(
     name: str, done: set[int], data: st.DataObject
 ) -> None:
     """Workers come, go with and without their results, and finish in any order at any pace."""
-    site = fleet(PLANS[name], done)
+    job = PLANS[name]
+    losses_per_day = data.draw(st.sampled_from([0.0, 1e3, 1e9]))
+    site = fleet(job, done, losses_per_day, data.draw(kept_states(job, done)))
     site.join(data.draw(st.integers(1, 4)))
     for _ in range(data.draw(st.integers(0, 60))):
         if site.stopped is not None:
@@ -213,6 +238,31 @@ def test_a_resumed_job_catches_up_before_it_collects() -> None:
     assert kinds[2:6] == ["advance"] * 4
     assert kinds[6:8] == ["collect"] * 2
     check_whole(site)
+
+
+def test_kept_states_bound_the_replay() -> None:
+    """With losses expected all the time every block's inputs are kept, and nothing older."""
+    job = plan(12)
+    site = fleet(job, losses_per_day=1e9)
+    site.join(2)
+    while len(site.published) < 8:
+        finish_at(site, site.busy()[0], pace=1.0)
+    blocks = {block for block, _ in site.kept}
+    assert blocks <= {6, 7, 8}
+    before = len(site.started)
+    site.lose(0, parts_kept=False)
+    run_to_the_end(site)
+    again = site.started[before:]
+    assert any(name.startswith("load/") for name in again)
+    assert not any(name.startswith("embed/") for name in again)
+    assert site.stopped == Stop(complete=True)
+
+
+def test_without_losses_nothing_is_kept() -> None:
+    site = fleet(plan(12), losses_per_day=0.0)
+    site.join(2)
+    run_to_the_end(site)
+    assert not any(name.startswith("keep/") for name in site.started)
 
 
 def test_first_chunks_are_dealt_evenly() -> None:

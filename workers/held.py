@@ -1,13 +1,23 @@
 """The calibration sequences that one worker holds: chunks of micro-batches of hidden states."""
 
+import hashlib
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from quantcore.errors import StoreError
 from workers.blocks import BlockModel, Inputs
+from workers.layout import KEPT, kept_name
 from workers.plan import Plan
+from workers.store import Store
 from workers.tasks import HeldChunk
 
 
@@ -54,6 +64,35 @@ class Held:
             self._chunks[chunk] = _Chunk(packed.block, batches)
         self._model.release_outside()
 
+    def keep(self, store: Store, block: int, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            held = self._chunks[chunk]
+            assert held.block == block
+            arrays = _packed(held).hidden
+            tensors = {str(number): torch.from_numpy(data) for number, data in enumerate(arrays)}
+            with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+                file = Path(scratch) / "chunk.safetensors"
+                save_file(tensors, file, metadata={"sha256": _digest(arrays)})
+                store.put_file(kept_name(block, chunk), file)
+
+    def load(self, store: Store, block: int, chunks: Iterable[int]) -> None:
+        """Take chunks from where they were kept. Raises StoreError if they are not as kept."""
+        for chunk in chunks:
+            name = kept_name(block, chunk)
+            with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
+                file = Path(scratch) / "chunk.safetensors"
+                store.get_file(name, file)
+                try:
+                    with safe_open(file, framework="np") as kept:
+                        count = len(kept.keys())
+                        arrays = tuple(kept.get_tensor(str(number)) for number in range(count))
+                        digest = (kept.metadata() or {}).get("sha256")
+                except SafetensorError:
+                    arrays, digest = (), None
+            if digest != _digest(arrays):
+                raise StoreError(f"{store.url}: {name} is not what was kept: delete {KEPT}/ there")
+            self.take([chunk], [HeldChunk(block, arrays)])
+
     def drop(self, chunks: Iterable[int]) -> None:
         for chunk in chunks:
             self._chunks.pop(chunk, None)
@@ -76,6 +115,13 @@ def pack(block: int, hidden: Iterable[Tensor]) -> HeldChunk:
         hidden_BLH.cpu().contiguous().flatten().view(torch.uint8).numpy() for hidden_BLH in hidden
     )
     return HeldChunk(block, tuple(arrays))
+
+
+def _digest(arrays: Iterable[npt.NDArray[np.uint8]]) -> str:
+    digest = hashlib.sha256()
+    for data in arrays:
+        digest.update(data.data)
+    return digest.hexdigest()
 
 
 def _packed(chunk: _Chunk) -> HeldChunk:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 JOB = "ledger/job.json"
 CALIBRATION = "ledger/calibration.jsonl"  # the token ids, a row for each sequence
 EVALUATION = "ledger/evaluation.txt"  # the part of the text that is measured
+KEPT = "activations"
 OUTSIDE = "outside"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"
@@ -15,6 +18,17 @@ MODEL = "model"
 INDEX = f"{MODEL}/model.safetensors.index.json"
 
 _READ_BYTES = 1 << 20
+
+
+def kept_name(block: int, chunk: int) -> str:
+    """A chunk's hidden states as the input of a block, kept while the job runs."""
+    return f"{KEPT}/{block:05d}.{chunk:05d}.safetensors"
+
+
+def kept_in(names: Iterable[str]) -> set[tuple[int, int]]:
+    """(block, chunk) of the kept hidden states among some names of a store."""
+    found = (re.fullmatch(rf"{KEPT}/(\d+)\.(\d+)\.safetensors", name) for name in names)
+    return {(int(match[1]), int(match[2])) for match in found if match}
 
 
 def epoch_name(epoch: int) -> str:

@@ -51,6 +51,30 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Write chunks that this worker holds, the inputs of a block, to the store."""
+
+    block: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Hold chunks as they were kept in the store, the inputs of a block."""
+
+    block: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Delete what is kept in the store as inputs of blocks [first, last)."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class Collect:
     """Run a block on chunks that this worker holds and add up the inputs of its LinearGroups.
 
@@ -139,6 +163,9 @@ Task = (
     | Hand
     | Take
     | Drop
+    | Keep
+    | Load
+    | Sweep
     | Collect
     | Reduce
     | Solve

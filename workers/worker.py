@@ -15,7 +15,7 @@ from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
 from workers.held import Held, pack
 from workers.kind import make_repeatable
-from workers.layout import OUTSIDE, block_key, epoch_name
+from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
 from workers.plan import Plan
 from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
 from workers.solving import reduce_band, solve_group
@@ -31,6 +31,8 @@ from workers.tasks import (
     Embed,
     Evaluate,
     Hand,
+    Keep,
+    Load,
     Outcome,
     Publish,
     Reduce,
@@ -38,6 +40,7 @@ from workers.tasks import (
     Solve,
     SolvedGroup,
     Survey,
+    Sweep,
     Take,
     Task,
 )
@@ -90,6 +93,17 @@ class Worker:
                 return Outcome()
             case Drop(chunks):
                 self._held.drop(chunks)
+                return Outcome()
+            case Keep(block, chunks):
+                self._held.keep(self._store, block, chunks)
+                return Outcome()
+            case Load(block, chunks):
+                self._held.load(self._store, block, chunks)
+                return Outcome()
+            case Sweep(first, last):
+                for name in self._store.list(f"{KEPT}/"):
+                    if any(first <= block < last for block, _ in kept_in([name])):
+                        self._store.delete(name)
                 return Outcome()
             case Collect():
                 return self._collect(task)
