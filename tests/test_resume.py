@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.command import finish, quantfleet, start, wait_for
+from tests.command import finish, quantfleet, snapshot, start, wait_for
 
 _BLOCKS = 24  # enough that a job is far from its end when its first block is seen
 
@@ -140,3 +140,29 @@ def test_an_interrupted_job_says_how_to_go_on(
     assert resumed.code == 0, resumed
     assert json.loads(resumed.out)["store"] == str(site / store / "job")
     assert _model_bytes(site, store) == _model_bytes(site, "whole")
+
+
+def test_of_two_drivers_one_goes_on(site: Path) -> None:
+    process = start("run", _job(site, "two"))
+    wait_for(lambda: len(_records(site, "two")) >= 1, process)
+    second = quantfleet("run", "--in-process", _job(site, "two"))
+    assert second.code == 3, second
+    assert "another driver is at work" in second.err
+    first = finish(process)
+    assert first.code == 0, first
+    assert _model_bytes(site, "two") == _model_bytes(site, "whole")
+
+
+def test_a_driver_that_slept_finds_itself_replaced_and_writes_nothing_more(site: Path) -> None:
+    """It is stopped, not ended: another one finishes its job, and then it wakes."""
+    with _run_until(site, "slept", 1) as (process, _):
+        second = quantfleet("run", "--in-process", _job(site, "slept"))
+        assert second.code == 0, second
+        assert "watching for" in second.err
+        before = snapshot(site / "slept")
+        process.send_signal(signal.SIGCONT)
+        first = finish(process)
+    assert first.code == 3, first
+    assert "another driver has taken" in first.err
+    assert snapshot(site / "slept") == before
+    assert _model_bytes(site, "slept") == _model_bytes(site, "whole")
