@@ -1,5 +1,6 @@
 """Files of deploy/: checked by the schemas of those who read them; the local nodes for real."""
 
+import importlib.util
 import json
 import os
 import re
@@ -229,10 +230,13 @@ def test_images_have_one_python_no_latest_and_all_that_the_build_reads() -> None
     assert "whl/xpu" in files[2].read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     setuptools = project["tool"]["setuptools"]
-    folders = {setuptools["package-dir"].get(p, p).split(".")[0] for p in setuptools["packages"]}
+    packages = setuptools["packages"]
+    folders = {setuptools["package-dir"].get(name, name.split(".")[0]) for name in packages}
     wanted = {folder.split("/")[0] for folder in folders if "." not in folder}
     wanted = {"kernels" if name == "quantkernels" else name for name in wanted}
-    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
     assert kept == wanted | {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
 
 
@@ -249,16 +253,16 @@ print(sum(node["Alive"] for node in ray.nodes()), int(ray.cluster_resources().ge
 """
 
 
-def two_nodes(*arguments: str, code: int = 0) -> str:
-    environment = dict(os.environ)
-    # Ray's processes, without bytecode, compile themselves each time anew
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+def two_nodes(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(NODES), *arguments]
+    # without bytecode, each of Ray's many processes compiles itself anew
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    env = inherited | environment
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, check=False
+        command, capture_output=True, text=True, timeout=200, env=env, check=False
     )
     assert done.returncode == code, done
-    return done.stdout
+    return done
 
 
 def nodes_alive(cluster: dict[str, Any]) -> str:
@@ -281,11 +285,11 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
 @pytest.mark.timeout(400)
 def test_local_nodes_start_are_lost_and_leave_nothing_behind(tmp_path: Path) -> None:
     folder = ("--folder", str(tmp_path / "nodes"))
-    cluster = json.loads(two_nodes("start", "--json", *folder))
+    cluster = json.loads(two_nodes("start", "--json", *folder).stdout)
     try:
         processes = family(cluster)
         listening = {
-            connection.laddr.ip
+            connection.laddr.ip.removeprefix("::ffff:")
             for process in processes
             for connection in process.net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
@@ -304,3 +308,21 @@ def test_local_nodes_start_are_lost_and_leave_nothing_behind(tmp_path: Path) -> 
     assert not (tmp_path / "nodes" / "nodes.json").exists()
     assert not Path(cluster["scratch"]).exists()
     two_nodes("stop", *folder, code=2)
+
+
+def test_a_start_that_fails_says_why_and_ends_what_it_started(tmp_path: Path) -> None:
+    folder = tmp_path / "nodes"
+    done = two_nodes("start", "--folder", str(folder), code=4, RAY_AUTH_TOKEN_PATH="/no/such/file")
+    assert re.match(r"two_nodes: head did not start: .*/no/such/file.*head\.log", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == ["head.log"]
+
+
+def test_a_process_id_that_is_used_again_is_another_process() -> None:
+    spec = importlib.util.spec_from_file_location("two_nodes", NODES)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    me = psutil.Process()
+    assert module._known([[me.pid, me.create_time()]]) == [me]
+    assert module._known([[me.pid, me.create_time() - 60]]) == []

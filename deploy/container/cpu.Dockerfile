@@ -1,8 +1,8 @@
 # CPU workers; also the head of every cluster and what submits its jobs. From the repository root:
 #   docker build -f deploy/container/cpu.Dockerfile -t registry.example.com/quantfleet:0.1.0-cpu .
 
-# Ray refuses nodes of another Python: the three images have the same one.
-FROM python:3.11-slim-trixie
+# Ray refuses nodes whose Python differs, to the last number: the three images have the same one.
+FROM python:3.11.14-slim-trixie
 
 # The registry's own torch brings gigabytes of CUDA; `pip install .` below finds this one there.
 RUN --mount=type=bind,source=constraints.txt,target=/constraints.txt \

@@ -2,8 +2,8 @@
 #   docker build -f deploy/container/cuda.Dockerfile -t registry.example.com/quantfleet:0.1.0-cuda .
 
 # torch's wheels bring CUDA with them, and the host its driver: a CUDA base image adds nothing.
-# Ray refuses nodes of another Python: the three images have the same one.
-FROM python:3.11-slim-trixie
+# Ray refuses nodes whose Python differs, to the last number: the three images have the same one.
+FROM python:3.11.14-slim-trixie
 
 # Triton compiles a launcher for each kernel, with a C compiler, when it is first called.
 RUN apt-get update \
