@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.bag import name_of
-from orchestrator.executors import Arrival, Executor, Loss, Result
+from orchestrator.executors import Arrival, Executor, Loss, News, Result
 from orchestrator.scheduler import (
     Assignment,
     Event,
@@ -92,52 +92,70 @@ def execute(
     `may_go_on` is asked at every event, and raises if this driver is not to go on.
     """
     scheduler = Scheduler(works)
-    running: dict[str, Assignment] = {}
-    summaries: Summaries = {}
+    state = _Execution(executor, observer, timings)
     event: Event = Joined(executor.present())
-    failure: Exception | None = None
-
-    def progressed(assignment: str, done: int, total: int) -> None:
-        if assignment in running:  # an answer may come late
-            observer.progressed(running[assignment], done, total)
-
-    executor.on_progress = progressed
+    executor.on_progress = state.progressed
     while True:
         for instruction in scheduler.handle(event):
             match instruction:
                 case Run(assignment, worker):
-                    running[assignment.id] = assignment
+                    state.running[assignment.id] = assignment
                     observer.submitted(assignment, worker)
                     executor.submit(worker, assignment)
                 case Release(name):
                     executor.release(name)
                 case Stop(complete):
                     if complete:
-                        return summaries
-                    assert failure is not None
-                    raise failure
+                        return state.summaries
+                    assert state.failure is not None
+                    raise state.failure
         may_go_on()
-        match executor.next_news():
+        event = state.hear(executor.next_news())
+
+
+@dataclass(slots=True)
+class _Execution:
+    """What is under way, and what came of it so far."""
+
+    executor: Executor
+    observer: Observer
+    timings: Timings
+    running: dict[str, Assignment] = field(default_factory=dict)
+    summaries: Summaries = field(default_factory=dict)
+    failure: Exception | None = None  # the last that was heard of
+
+    def progressed(self, assignment: str, done: int, total: int) -> None:
+        if assignment in self.running:  # an answer may come late
+            self.observer.progressed(self.running[assignment], done, total)
+
+    def hear(self, news: News) -> Event:
+        """What happened, as the scheduler knows it."""
+        note = self.observer.note
+        present = len(self.executor.present())
+        match news:
             case Arrival(worker):
-                present = len(executor.present())
-                observer.note("worker joined", worker=worker, present=present)
-                event = Joined((worker,))
+                note("worker joined", worker=worker, present=present)
+                return Joined((worker,))
             case Loss(worker, error, parts_kept):
-                present = len(executor.present())
-                observer.note("worker lost", worker=worker, present=present, why=str(error))
-                failure = error
-                event = WorkerLost(worker, parts_kept)
-            case Result(error=None) as result:
-                assignment = running.pop(result.assignment)
-                if result.summary:  # most have none: what is kept must not grow with the tasks
-                    summaries[name_of(assignment)] = result.summary
-                timings.of_task(result)
-                observer.finished(assignment, result)
-                event = Finished(result.assignment, result.seconds)
-            case Result(missing=()) as result:
-                failure = result.error
-                event = Failed(result.assignment)
-            case result:
-                observer.note("results missing", of=list(result.missing))
-                failure = result.error
-                event = InputsMissing(result.assignment, result.missing)
+                note("worker lost", worker=worker, present=present, why=str(error))
+                self.failure = error
+                return WorkerLost(worker, parts_kept)
+            case Result(error=None):
+                return self._finished(news)
+            case Result(missing=()):
+                self.failure = news.error
+                return Failed(news.assignment)
+        note("results missing", of=list(news.missing))
+        self.failure = news.error
+        return InputsMissing(news.assignment, news.missing)
+
+    def _finished(self, result: Result) -> Event:
+        assignment = self.running.pop(result.assignment)
+        if result.summary:  # most have none: what is kept must not grow with the tasks
+            self.summaries[name_of(assignment)] = result.summary
+        self.timings.of_task(result)
+        self.observer.finished(assignment, result)
+        if "spilled" in result.summary:
+            place = result.summary["spilled"]
+            self.observer.note("memory ran out", worker=result.worker, states_now_on=place)
+        return Finished(result.assignment, result.seconds)

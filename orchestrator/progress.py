@@ -116,6 +116,11 @@ class Watcher(Observer):
             )
         elif event == "worker lost":
             self._say(f"worker {facts['worker']} is lost ({facts['why']}); its work is dealt again")
+        elif event == "memory ran out":
+            where = facts["states_now_on"]
+            self._say(
+                f"worker {facts['worker']} ran out of memory: hidden states go to the {where}"
+            )
         elif event == "worker joined":
             self._say(f"worker {facts['worker']} has joined")
         elif event == "quantizing" and facts["done"]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from quantcore.errors import StoreError
 from workers.blocks import BlockModel, Inputs
 from workers.layout import KEPT, kept_name
 from workers.plan import Plan
+from workers.shelf import Shelf
 from workers.store import Store
 from workers.tasks import HeldChunk
 
@@ -31,26 +32,49 @@ class Held:
     def __init__(self, plan: Plan, model: BlockModel) -> None:
         self._plan = plan
         self._model = model
+        self._shelf = Shelf(model.device)
         self._chunks: dict[int, _Chunk] = {}
 
-    def at(self, chunk: int, block: int) -> list[Inputs]:
-        """A chunk's micro-batches, which must be the inputs of `block`."""
+    def block_of(self, chunk: int) -> int:
+        """The block whose input a chunk is."""
+        return self._chunks[chunk].block
+
+    def at(self, chunk: int, block: int) -> Iterator[Inputs]:
+        """A chunk's micro-batches on the device; they must be the inputs of `block`."""
         held = self._chunks[chunk]
         assert held.block == block, f"chunk {chunk} is at block {held.block}, not at {block}"
-        return held.batches
+        for inputs in held.batches:
+            yield Inputs(self._shelf.get(inputs.hidden_BLH), inputs.calls)
 
-    def advanced(self, chunk: int) -> None:
-        self._chunks[chunk].block += 1
+    def advance(self, chunk: int, hidden: Iterable[Tensor]) -> None:
+        """A chunk's micro-batches are now these, the inputs of the next block."""
+        held = self._chunks[chunk]
+        shelved = [self._shelf.put(hidden_BLH) for hidden_BLH in hidden]
+        for inputs, hidden_BLH in zip(held.batches, shelved, strict=True):
+            inputs.hidden_BLH = hidden_BLH
+        held.block += 1
+
+    def spill(self) -> str | None:
+        """Make room: everything goes one place down (shelf.py). Its name; None if there is none."""
+        if not self._shelf.lower():
+            return None
+        for chunk in self._chunks.values():
+            for inputs in chunk.batches:
+                inputs.hidden_BLH = self._shelf.put(inputs.hidden_BLH)
+        return self._shelf.place
 
     def embed(self, chunks: Iterable[int]) -> None:
         """Make chunks from the texts, as the first block's inputs."""
         for chunk in chunks:
-            self._chunks[chunk] = _Chunk(0, [self._model.embed(ids) for ids in self._ids(chunk)])
+            batches = [self._model.embed(ids_BL) for ids_BL in self._ids(chunk)]
+            self._chunks[chunk] = _Chunk(0, [self._shelved(inputs) for inputs in batches])
         self._model.release_outside()
 
-    def hand(self, chunks: Iterable[int]) -> tuple[HeldChunk, ...]:
+    def hand(self, chunks: Collection[int]) -> tuple[HeldChunk, ...]:
         """Give chunks away."""
-        return tuple(_packed(self._chunks.pop(chunk)) for chunk in chunks)
+        packed = tuple(_packed(self._chunks[chunk]) for chunk in chunks)
+        self.drop(chunks)
+        return packed
 
     def take(self, chunks: Iterable[int], given: Iterable[HeldChunk]) -> None:
         """Hold what others gave away. How blocks are called hangs on the token ids' shape alone."""
@@ -60,7 +84,7 @@ class Held:
                 calls = self._model.calls(ids_BL)
                 hidden = torch.tensor(data).view(self._plan.torch_dtype)
                 hidden_BLH = hidden.reshape(*ids_BL.shape, -1).to(self._model.device)
-                batches.append(Inputs(hidden_BLH, calls))
+                batches.append(self._shelved(Inputs(hidden_BLH, calls)))
             self._chunks[chunk] = _Chunk(packed.block, batches)
         self._model.release_outside()
 
@@ -99,6 +123,9 @@ class Held:
 
     def clear(self) -> None:
         self._chunks.clear()
+
+    def _shelved(self, inputs: Inputs) -> Inputs:
+        return Inputs(self._shelf.put(inputs.hidden_BLH), inputs.calls)
 
     def _ids(self, chunk: int) -> list[Tensor]:
         """The token ids of a chunk's micro-batches."""

@@ -67,17 +67,28 @@ class Worker:
     def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
         """Do one task. `inputs` are the parts of earlier results that it was promised.
 
-        Raises the error tree's errors; running out of memory, on the host or the device, is one
-        of them.
+        Raises the error tree's errors. When memory runs out, on the host or the device, hidden
+        states are moved out of the way and the task is done again; when that was not enough, it is
+        one of those errors.
         """
         if not isinstance(task, Boundary):
             self._source_blocks.clear()
-        try:
-            return self._run(task, inputs)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ResourceError(
-                f"{self._device} ran out of memory in {type(task).__name__}: {error}"
-            ) from None
+        spilled: dict[str, Any] = {}
+        while True:
+            try:
+                outcome = self._run(task, inputs)
+                return Outcome({**outcome.summary, **spilled}, outcome.parts)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                why = str(error)
+            # outside the handler, whose traceback holds on to the tensors of the attempt
+            self._source_blocks.clear()
+            place = self._held.spill()
+            if place is None:
+                kind = type(task).__name__
+                raise ResourceError(f"{self._device} ran out of memory in {kind}: {why}")
+            spilled = {"spilled": place}
+            if self._device.type != "cpu":
+                torch.accelerator.empty_cache()
 
     def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911, PLR0912 - a table
         match task:
@@ -161,24 +172,27 @@ class Worker:
             weights = published_weights(self._store, block_key(index), self._plan, layers)
         block = self._model.block(index, replace=weights)
         for chunk in task.chunks:
-            for inputs in self._held.at(chunk, index):
-                inputs.hidden_BLH = run_block(block, inputs.calls[index], inputs.hidden_BLH)
-            self._held.advanced(chunk)
+            if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
+                continue
+            batches = self._held.at(chunk, index)
+            self._held.advance(
+                chunk, [run_block(block, b.calls[index], b.hidden_BLH) for b in batches]
+            )
         return Outcome()
 
     def _boundary(self, task: Boundary) -> Outcome:
         """The blocks stay loaded from chunk to chunk, until the shard's own work begins."""
         parts = []
         for chunk in task.chunks:
-            hidden = [inputs.hidden_BLH for inputs in self._held.at(chunk, task.first)]
-            calls = [inputs.calls for inputs in self._held.at(chunk, task.first)]
+            batches = list(self._held.at(chunk, task.first))
+            hidden = [inputs.hidden_BLH for inputs in batches]
             for index in range(task.first, task.last):
                 if index not in self._source_blocks:
                     self._source_blocks[index] = self._model.block(index)
                 block = self._source_blocks[index]
                 hidden = [
-                    run_block(block, call[index], hidden_BLH)
-                    for call, hidden_BLH in zip(calls, hidden, strict=True)
+                    run_block(block, inputs.calls[index], hidden_BLH)
+                    for inputs, hidden_BLH in zip(batches, hidden, strict=True)
                 ]
             parts.append(pack(task.last, hidden))
         return Outcome({}, tuple(parts))
