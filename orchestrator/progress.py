@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -132,7 +133,7 @@ class Watcher(Observer):
             self._bars = None
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False)
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _names(assignment: Assignment) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and the texts it names; the model and a local store must be where the cluster's 
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import shutil
 import tempfile
@@ -23,6 +24,11 @@ from quantcore.errors import JobFaults, ResourceError, SpecError
 
 _STOP_WAIT_S = 60  # for a driver to leave its lease and say what is kept
 _JOB_FILE = "job.yaml"
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _TEXTS = (("calibration", "text"), ("calibration", "jsonl"), ("evaluation", "text"))
 _MOST_PACKED_BYTES = 90 * 2**20  # Ray refuses packages over 100 MiB
 
@@ -33,6 +39,8 @@ class RemoteJobs:
     def __init__(self, address: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        for chatty in _CHATTY:  # they write to standard error, each with a level of its own
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         if "://" not in address:
             raise SpecError(f"--address: {address}: write the dashboard's, as http://HOST:8265")
         try:
