@@ -273,7 +273,7 @@ def _run(
         if site.cluster is not None:
             from orchestrator.ray_metrics import RayMetrics
 
-            observers.add(RayMetrics(prepared.spec.name))
+            observers.add(RayMetrics(site.cluster, prepared.spec.name))
         return executor
 
     log, path = start_log(prepared.spec.name, log_file, log_json)

@@ -1,6 +1,6 @@
 """Connections to Ray: one of our own on this machine, or a cluster that is there.
 
-With ray_executor.py and ray_worker.py, all that knows Ray.
+The only file that imports Ray: the other ray_*.py are given it.
 """
 
 import logging
@@ -23,7 +23,7 @@ def embedded(*, cpus: int, gpus: int) -> Any:
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_worker_niceness", "0")  # this is the job that the user waits for
-    ray = _imported()
+    ray = imported()
     try:
         ray.init(
             address="local",
@@ -41,7 +41,7 @@ def embedded(*, cpus: int, gpus: int) -> Any:
 
 def joined(address: str) -> Any:
     """A connection to a cluster of which this machine is a node."""
-    ray = _imported()
+    ray = imported()
     try:
         ray.init(
             address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False
@@ -53,8 +53,7 @@ def joined(address: str) -> Any:
 
 def look_at_nodes(ray: Any, paths: Sequence[str]) -> list[Machine]:
     """Every node of a cluster that work can be sent to, as it sees itself."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     asked = {}
     for node in ray.nodes():
         resources = node["Resources"]
@@ -65,7 +64,7 @@ def look_at_nodes(ray: Any, paths: Sequence[str]) -> list[Machine]:
             # a sliver of a GPU, because without any Ray hides them
             "num_gpus": 0.001 if "GPU" in resources else 0,
             "max_retries": 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            "scheduling_strategy": affinity(node["NodeID"], soft=False),
         }
         ref = ray.remote(look).options(**options).remote(list(paths))
         asked[ref] = (node["NodeManagerAddress"], resources)
@@ -104,9 +103,18 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _imported() -> Any:
+def job_client(address: str) -> Any:
+    """Ray's client for jobs, over HTTP."""
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
+
+
+def imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
+    import ray.util.metrics
+    import ray.util.scheduling_strategies
 
     return ray

@@ -19,7 +19,7 @@ import yaml
 from jobs.load import read_document, resolve_paths, validate
 from jobs.spec import JobSpec
 from orchestrator.printing import INTERRUPTED
-from orchestrator.ray_cluster import first_line
+from orchestrator.ray_cluster import first_line, job_client
 from quantcore.errors import JobFaults, ResourceError, SpecError
 
 _STOP_WAIT_S = 60  # for a driver to leave its lease and say what is kept
@@ -37,16 +37,14 @@ class RemoteJobs:
     """`address` is a Ray dashboard's: http://HOST:8265. Raises ResourceError if none is there."""
 
     def __init__(self, address: str) -> None:
-        from ray.job_submission import JobSubmissionClient
-
-        for chatty in _CHATTY:  # they write to standard error, each with a level of its own
-            logging.getLogger(chatty).setLevel(logging.ERROR)
         if "://" not in address:
             raise SpecError(f"--address: {address}: write the dashboard's, as http://HOST:8265")
         try:
-            self._client = JobSubmissionClient(address)
+            self._client = job_client(address)
         except Exception as error:
             raise ResourceError(f"no Ray cluster at {address}: {first_line(error)}") from None
+        for chatty in _CHATTY:  # each was given a level of its own when it was imported
+            logging.getLogger(chatty).setLevel(logging.ERROR)
 
     def submit(self, job: Path, wheel: Path | None = None) -> dict[str, str]:
         """Send a job; its id and where its artifact will be. Raises JobFaults for a bad file."""

@@ -11,11 +11,11 @@ _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
 class RayMetrics(Observer):
-    """To be made once Ray is connected. Every metric carries the job's name."""
+    """`ray` is connected. Every metric carries the job's name."""
 
-    def __init__(self, job: str) -> None:
-        from ray.util.metrics import Counter, Gauge, Histogram
-
+    def __init__(self, ray: Any, job: str) -> None:
+        metrics = ray.util.metrics
+        Counter, Gauge, Histogram = metrics.Counter, metrics.Gauge, metrics.Histogram
         keys = ("job",)
         self._tasks = Counter("quantfleet_tasks", "Tasks finished.", (*keys, "kind"))
         self._seconds = Histogram(

@@ -1,4 +1,4 @@
-"""The process around one Worker on a Ray cluster. With ray_executor.py, all that knows Ray.
+"""The process around one Worker on a Ray cluster.
 
 What goes back to the driver is plain: summaries, and errors as names and texts, never as pickled
 exceptions. Inputs come as references and are read here, so that one that is lost is told apart
@@ -9,6 +9,7 @@ import threading
 import traceback
 from typing import Any
 
+from orchestrator.ray_cluster import imported
 from workers.plan import BITS_VERSION, Plan
 from workers.tasks import Task
 
@@ -25,8 +26,6 @@ class RayWorker:
 
     def start(self, plan: Plan, device: str) -> dict[str, Any]:
         """Where this worker is, or why there is none."""
-        import ray
-
         from workers.kind import hardware_kind
         from workers.worker import Worker
 
@@ -36,7 +35,7 @@ class RayWorker:
             self._worker = Worker(plan, device, self._tell)
         except Exception as error:
             return {"failure": described(error)}
-        return {"node": ray.get_runtime_context().get_node_id()}
+        return {"node": imported().get_runtime_context().get_node_id()}
 
     def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
         """The summary, and the parts beside it; a summary may tell of a failure instead."""
@@ -88,8 +87,7 @@ def _difference(plan: Plan, kind: dict[str, str]) -> str | None:
 
 def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
     """The values of some references, or the numbers of those that are lost."""
-    import ray
-
+    ray = imported()
     try:
         return tuple(ray.get(inputs, timeout=FETCH_TIMEOUT_S)), []
     except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
@@ -97,8 +95,7 @@ def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
 
 
 def _is_lost(ref: Any) -> bool:
-    import ray
-
+    ray = imported()
     try:
         ray.get(ref, timeout=1.0)
     except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):

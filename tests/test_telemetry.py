@@ -25,7 +25,7 @@ from orchestrator.scheduler import Assignment
 from workers.tasks import Publish
 
 ray = embedded(cpus=1, gpus=0)
-metrics = RayMetrics("a-job")
+metrics = RayMetrics(ray, "a-job")
 metrics.note("workers started", present=2)
 metrics.note("quantizing", blocks=30, done=4)
 for block in (4, 5):
