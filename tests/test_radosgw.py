@@ -1,19 +1,13 @@
 """The same jobs on a real S3 server. Run with: pytest -m radosgw (Debian's Ceph packages)."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from orchestrator.checks import check
-from orchestrator.driver import run_job
-from orchestrator.executors import InProcessExecutor
-from orchestrator.fetch import fetch
 from orchestrator.lease import Beat, take, watch
-from orchestrator.loop import Observer
 from quantcore.errors import LeaseError
-from tests.faults import KillingExecutor, schedule
+from tests.behind_proxy import check_job_behind
 from tests.proxy import FAULTS, Proxy, proxy_to
 from tests.rgw import Gateway, make_bucket, radosgw
 from workers.store import open_store, probe
@@ -80,18 +74,4 @@ def test_one_driver_at_a_time(proxy: Proxy, bucket: str) -> None:
 def test_a_job_with_killed_workers_and_a_bad_network_gives_the_same_bytes(
     proxy: Proxy, bucket: str, job_file: JobFile, tmp_path: Path, seed: int
 ) -> None:
-    whole = run_job(
-        check(job_file("whole")), lambda plan: InProcessExecutor(plan, ["cpu"]), Observer()
-    )
-    prepared = check(job_file("job", output={"store": f"{bucket}/store"}))
-    proxy.trouble(0.3, seed=seed)
-    result = run_job(prepared, lambda plan: KillingExecutor(plan, 2, schedule(seed, 3)), Observer())
-    assert sum(proxy.met.values()) > 5
-    proxy.trouble(0.0, seed=0)
-    fetch(open_store(result.store), tmp_path / "out")
-    fetch(open_store(whole.store), tmp_path / "expected")
-    manifests = [
-        json.loads((tmp_path / d / "manifest.json").read_text()) for d in ("out", "expected")
-    ]
-    files = [{n: f for n, f in m["files"].items() if n.startswith("model/")} for m in manifests]
-    assert files[0] == files[1]
+    check_job_behind(proxy, bucket, job_file, tmp_path, seed)

@@ -1,19 +1,12 @@
 """A store that delays, throttles, fails and drops connections: the same artifact in the end."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from orchestrator.checks import check
-from orchestrator.driver import run_job
-from orchestrator.executors import InProcessExecutor
-from orchestrator.fetch import fetch
-from orchestrator.loop import Observer
 from quantcore.errors import StoreError
-from tests.faults import KillingExecutor, schedule
+from tests.behind_proxy import check_job_behind
 from tests.proxy import FAULTS, Proxy, proxy_to
 from workers.store import open_store
 
@@ -61,20 +54,4 @@ def test_without_patience_a_broken_store_is_told_at_once(proxy: Proxy, bucket: s
 def test_a_job_with_killed_workers_and_a_bad_store_gives_the_same_bytes(
     proxy: Proxy, bucket: str, job_file: JobFile, tmp_path: Path, seed: int
 ) -> None:
-    whole = run_job(
-        check(job_file("whole")), lambda plan: InProcessExecutor(plan, ["cpu"]), Observer()
-    )
-    prepared = check(job_file("job", output={"store": f"{bucket}/store"}))
-    proxy.trouble(0.3, seed=seed)
-    result = run_job(prepared, lambda plan: KillingExecutor(plan, 2, schedule(seed, 3)), Observer())
-    assert sum(proxy.met.values()) > 5
-    proxy.trouble(0.0, seed=0)
-    fetch(open_store(result.store), tmp_path / "out")
-    fetch(open_store(whole.store), tmp_path / "expected")
-    for folder in ("out", "expected"):
-        shutil.rmtree(tmp_path / folder / "report")
-        manifest = json.loads((tmp_path / folder / "manifest.json").read_text())
-        del manifest["files"]["report/report.json"], manifest["job"]
-        (tmp_path / folder / "manifest.json").write_text(json.dumps(manifest))
-    files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "expected").iterdir()}
+    check_job_behind(proxy, bucket, job_file, tmp_path, seed)
