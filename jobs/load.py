@@ -141,10 +141,9 @@ def _fault(document: Document, item: Any) -> Fault:
 
 def _is_union_branch(part: str | int, location: Sequence[str | int]) -> bool:
     """pydantic adds the name of the union's branch it tried: no key of ours looks like that."""
-    return isinstance(part, str) and part is location[-1] and part in _BRANCHES
-
-
-_BRANCHES = {"constrained-int", "literal['channel']", "int"}
+    if not isinstance(part, str) or part is not location[-1]:
+        return False
+    return part in ("int", "float") or part.startswith(("constrained-", "literal["))
 
 
 def _known_keys(location: Location) -> list[str]:

@@ -4,6 +4,7 @@ Checks here look at one field or at fields beside each other. What needs the mod
 the machine to be looked at is checked in orchestrator/checks.py, before any work starts.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from jobs.match import compile_pattern
 from quantcore.schemes import SCHEME_KINDS, Scheme
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "smoothquant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Span = Annotated[int, Field(gt=0)] | Literal["channel"]
 
@@ -65,6 +66,11 @@ class GptqSpec(_Section):
     block_columns: Annotated[int, Field(gt=0)] = 128
 
 
+class SmoothquantSpec(_Section):
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"  # by LinearGroup
+    rounding: Literal["rtn", "gptq"] = "rtn"  # of the smoothed weights
+
+
 class Override(_Section):
     """Another scheme or method for the linears whose names match, or none at all."""
 
@@ -94,6 +100,7 @@ class QuantizationSpec(_Section):
     method: Method = "gptq"
     range: Literal["search", "minmax"] = "search"  # how GPTQ's scales are set
     gptq: GptqSpec = GptqSpec()
+    smoothquant: SmoothquantSpec = SmoothquantSpec()
     overrides: tuple[Override, ...] = ()
 
     @model_validator(mode="after")
@@ -101,8 +108,17 @@ class QuantizationSpec(_Section):
         resolve_scheme(self.scheme, self.group_size, self.symmetric)
         for override in self.overrides:
             if not override.skip:
-                self.with_override(override)
+                scheme = self.with_override(override)
+                _refuse_smoothing(override.method or self.method, scheme)
+        _refuse_smoothing(self.method, self.scheme_of())
         return self
+
+    def choices(self) -> Iterator[tuple[Scheme, Method]]:
+        """Every scheme and method that the job names."""
+        yield self.scheme_of(), self.method
+        for override in self.overrides:
+            if not override.skip:
+                yield self.with_override(override), override.method or self.method
 
     def scheme_of(self) -> Scheme:
         return resolve_scheme(self.scheme, self.group_size, self.symmetric)
@@ -129,6 +145,15 @@ def resolve_scheme(name: str, group_size: int | str | None, symmetric: bool) -> 
     if not symmetric and not kind.asymmetric:
         raise ValueError(f"{name} is symmetric: write symmetric: true")
     return Scheme(name=name, group_size=span, symmetric=symmetric)
+
+
+def _refuse_smoothing(method: Method, scheme: Scheme) -> None:
+    if method == "smoothquant" and scheme.kind.activation_bits is None:
+        suited = " or ".join(name for name, kind in SCHEME_KINDS.items() if kind.activation_bits)
+        raise ValueError(
+            f"method smoothquant helps activations to be rounded, which {scheme.name} leaves as "
+            f"they are: write scheme: {suited}, or another method"
+        )
 
 
 class CalibrationSpec(_Section):
@@ -201,7 +226,13 @@ class JobSpec(_Section):
 
     @model_validator(mode="after")
     def _calibrated_when_needed(self) -> Self:
-        methods = {self.quantization.method} | {o.method for o in self.quantization.overrides}
-        if "gptq" in methods and self.calibration is None:
-            raise ValueError("method gptq needs texts: add a calibration section, or write rtn")
+        for scheme, method in self.quantization.choices() if self.calibration is None else ():
+            if method != "rtn":
+                raise ValueError(
+                    f"method {method} needs texts: add a calibration section, or write rtn"
+                )
+            if scheme.kind.static:
+                raise ValueError(
+                    f"{scheme.name} finds its activation scales in texts: add a calibration section"
+                )
         return self

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from orchestrator.scheduler import Assignment, Part
-from workers.plan import GroupPlan, Plan
+from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
 from workers.tasks import Collect, Publish, Reduce, Round, Solve, Task
 
 BAND_BYTES = 32 * 2**20  # Hessians from here on are reduced in bands, one for each worker
@@ -45,6 +45,7 @@ class BlockWork:
     solves: list[Step] = field(default_factory=list)
     publish: Step = field(init=False)
     _bands: tuple[int, ...] = ()
+    _ranged: list[int] = field(default_factory=list)  # the groups whose ranges are wanted
     _serial: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -53,9 +54,12 @@ class BlockWork:
             self.publish = Step(Round(self.index, self.epoch))
             return
         self.publish = Step(Publish(self.index, self.epoch))
-        self._bands = tuple(band_count(g.in_features, self.hands) for g in groups)
+        self._bands = tuple(
+            band_count(g.in_features, self.hands) if self.plan.summed(g) else 0 for g in groups
+        )
+        self._ranged = [number for number, group in enumerate(groups) if group.ranged]
         for number, group in enumerate(groups):
-            if self._bands[number] > 1 and group.quantized():
+            if self._bands[number] > 1:
                 for band in range(self._bands[number]):
                     self.reduces[number, band] = Step(Reduce(self.index, number, band))
             for tiles in _pieces(self.plan, group, self.hands):
@@ -73,7 +77,7 @@ class BlockWork:
 
     def uncollected(self, chunks: Iterable[int]) -> tuple[int, ...]:
         """Those of the chunks whose moments are still asked for."""
-        if all(step.done is not None or self._reduced(step) for step in self.solves):
+        if not any(self._reads_collected(step) for step in self.solves if step.done is None):
             return ()
         taken = {chunk for step in self.collects for chunk in _chunks(step)}
         return tuple(chunk for chunk in chunks if chunk not in taken)
@@ -81,7 +85,7 @@ class BlockWork:
     def collect(self, chunks: tuple[int, ...]) -> Assignment:
         step = Step(Collect(self.index, chunks, self._bands))
         self.collects.append(step)
-        return self._start(step, parts=sum(self._bands))
+        return self._start(step, parts=sum(self._bands) + len(self._ranged))
 
     def offer(self) -> Assignment | None:
         """What anyone could do now, the dearest first: the others wait for it."""
@@ -91,7 +95,7 @@ class BlockWork:
         for step in self.solves:
             if not step.waiting:
                 continue
-            if (inputs := self._hessian(step)) is not None:
+            if (inputs := self._statistics(step)) is not None:
                 return self._start(step, inputs, parts=1)
             if (assignment := self._reduce(step)) is not None:
                 return assignment
@@ -126,13 +130,25 @@ class BlockWork:
                 self.collects.remove(step)
         return released
 
-    def _hessian(self, solve: Step) -> list[Part] | None:
-        """The parts that make up a group's Hessian; None while they are not all there."""
-        bands = self._bands_of(solve)
-        if bands:
-            return [(_done(step), 0) for step in bands] if self._reduced(solve) else None
-        first = sum(self._bands[: _group(solve)])
-        return [(_done(step), first) for step in self.collects] if self._collected() else None
+    def _statistics(self, solve: Step) -> list[Part] | None:
+        """The parts that tell of a group's inputs; None while they are not all there."""
+        if self._reads_collected(solve) and not self._collected():
+            return None
+        if self._bands_of(solve) and not self._reduced(solve):
+            return None
+        parts = [(_done(step), 0) for step in self._bands_of(solve)]
+        number = _group(solve)
+        if self._bands[number] == 1:
+            first = sum(self._bands[:number])
+            parts += [(_done(step), first) for step in self.collects]
+        if number in self._ranged:
+            place = sum(self._bands) + self._ranged.index(number)
+            parts += [(_done(step), place) for step in self.collects]
+        return parts
+
+    def _reads_collected(self, solve: Step) -> bool:
+        """Whether anything of what was collected is still to be read for it."""
+        return _group(solve) in self._ranged or not self._reduced(solve)
 
     def _reduce(self, solve: Step) -> Assignment | None:
         """One row band of a group's Hessian, if there is one to do."""
@@ -202,12 +218,19 @@ def _pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, i
         for stack, layers in enumerate(group.stacks())
         for tile in range(len(plan.row_tiles(layers)))
     ]
-    pieces = min(hands, len(tiles))
+    # without a solve there is little to share: a choice of smoothing is made once for each piece
+    pieces = min(hands if plan.summed(group) else 1, len(tiles))
     cuts = [piece * len(tiles) // pieces for piece in range(pieces + 1)] if pieces else []
     return [tuple(tiles[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:
-    """Multiplications: one factorization, then every row of every tile against every column."""
+    """Multiplications: one factorization, then every row of every tile against every column.
+
+    Without a Hessian: each row against each sampled token, for every alpha that is tried.
+    """
     width = float(group.in_features)
+    if not plan.summed(group):
+        tries = len(plan.smoothquant.alphas) if group.smoothed else 1
+        return tries * SAMPLE_TOKENS * tiles * plan.contract.row_tile * width
     return width**3 + 2 * tiles * plan.contract.row_tile * width**2

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from jobs.match import matches
-from jobs.spec import JobSpec, Override
+from jobs.spec import JobSpec, Override, SmoothquantSpec
 from quantcore.errors import Fault
 from quantcore.formats import FORMATS
 from quantcore.gptq import GptqConfig
 from quantcore.schemes import Scheme, dividing_group_sizes
 from workers.architecture import Architecture, LinearInfo
-from workers.plan import BlockPlan, Contract, GroupPlan, LayerPlan, Plan
+from workers.plan import (
+    BlockPlan,
+    Contract,
+    GroupPlan,
+    LayerPlan,
+    Norm,
+    Plan,
+    SmoothquantConfig,
+)
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384}
 CHUNKS = 16  # at most this many workers share one calibration
@@ -58,12 +66,13 @@ def plan_layers(
     blocks = tuple(
         BlockPlan(
             tuple(
-                GroupPlan(tuple(choices[info.name].layer for info in group))
-                for group in block.groups
+                _group([choices[info.name].layer for info in group], norm)
+                for group, norm in zip(block.groups, block.norms, strict=True)
             )
         )
         for block in architecture.blocks
     )
+    faults += _unsmoothed(spec, blocks)
     return blocks, head, faults
 
 
@@ -93,6 +102,7 @@ def make_plan(
         gptq=GptqConfig(
             damping=gptq.damping, act_order=gptq.act_order, block_columns=gptq.block_columns
         ),
+        smoothquant=_smoothquant(spec.quantization.smoothquant),
         search_range=spec.quantization.range == "search",
         calibration=spec.calibration,
         shards=spec.calibration.shards if spec.calibration else 1,
@@ -108,6 +118,31 @@ def make_plan(
             attention="sdpa",
         ),
     )
+
+
+def _smoothquant(spec: SmoothquantSpec) -> SmoothquantConfig:
+    if spec.alpha == "search":
+        return SmoothquantConfig(rounding=spec.rounding)
+    return SmoothquantConfig(alphas=(spec.alpha,), rounding=spec.rounding)
+
+
+def _group(layers: list[LayerPlan], norm: Norm | None) -> GroupPlan:
+    """SmoothQuant changes what all readers of the norm are handed: it takes all of them, or none.
+
+    A group that has no such norm is rounded as it is, and the report says so.
+    """
+    smoothed = all(layer.method == "smoothquant" for layer in layers)
+    return GroupPlan(tuple(layers), norm if smoothed else None)
+
+
+def _unsmoothed(spec: JobSpec, blocks: Iterable[BlockPlan]) -> Iterator[Fault]:
+    asked = any(layer.method == "smoothquant" for block in blocks for layer in block.quantized())
+    if asked and not any(True for block in blocks for _ in block.smoothed()):
+        yield Fault(
+            field="quantization.method",
+            message="smoothquant finds no norm whose output is read by linears that it is to "
+            "smooth, by all of them and by nothing else: write rtn or gptq",
+        )
 
 
 def _choose(spec: JobSpec, info: LinearInfo) -> _Choice:
@@ -162,6 +197,9 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
         message = "the output head stands after the calibrated blocks: write method: rtn for it"
         return None, [*faults, Fault(field=f"{field}.method", message=message)]
     choice = _choose(spec, head)
+    if choice.layer.scheme and choice.layer.scheme.kind.static:
+        message = "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
+        return None, [*faults, Fault(field=f"{field}.scheme", message=message)]
     return choice.layer, [*faults, *_indivisible([choice])]
 
 

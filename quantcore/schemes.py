@@ -8,11 +8,12 @@ class SchemeKind:
     """What a scheme's name fixes; the job file chooses the rest within it."""
 
     bits: int  # per weight
-    activation_bits: int | None  # None: weight-only; else quantized per token while serving
+    activation_bits: int | None  # None: weight-only; else activations are quantized while serving
     default_group_size: int | None  # None: one scale per output channel
     groups: bool  # may a row be cut into groups?
     asymmetric: bool  # may a scale come with a zero point?
     summary: str
+    static: bool = False  # activations by one scale, found in calibration; else one per token
 
 
 SCHEME_KINDS: dict[str, SchemeKind] = {
@@ -39,6 +40,15 @@ SCHEME_KINDS: dict[str, SchemeKind] = {
         groups=False,
         asymmetric=False,
         summary="8-bit weights per channel, activations to 8 bits per token while serving (W8A8)",
+    ),
+    "int8_static": SchemeKind(
+        bits=8,
+        activation_bits=8,
+        default_group_size=None,
+        groups=False,
+        asymmetric=False,
+        summary="8-bit weights per channel, activations to 8 bits by one calibrated scale (W8A8)",
+        static=True,
     ),
 }
 

@@ -52,6 +52,9 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "gemma2": lambda: t.Gemma2Config(
             **_SHAPE, head_dim=16, sliding_window=16, layer_types=sliding
         ),
+        "olmo2": lambda: t.Olmo2Config(**_SHAPE),
+        "cohere": lambda: t.CohereConfig(**_SHAPE),
+        "stablelm": lambda: t.StableLmConfig(**_SHAPE),
         "mixtral": lambda: t.MixtralConfig(**_SHAPE, num_local_experts=4),
         "gpt2": lambda: t.GPT2Config(
             n_embd=HIDDEN,

@@ -166,17 +166,14 @@ class Fleet:
             case Collect(block, chunks, bands):
                 assert block == self._next_block(block)
                 assert all(worker.held[chunk] == block for chunk in chunks)
-                assert assignment.parts == sum(bands)
+                ranged = sum(group.ranged for group in self.plan.blocks[block].groups)
+                assert assignment.parts == sum(bands) + ranged
                 return Counter((block, chunk) for chunk in chunks)
             case Reduce(block):
                 assert len({part for _, part in inputs}) == 1
                 return self._all_chunks(block, [kept.covers for kept, _ in inputs])
             case Solve(block, group, tiles):
-                covers = [kept.covers for kept, _ in inputs]
-                if any(cover == self._every(block) for cover in covers):
-                    assert all(cover == self._every(block) for cover in covers)  # row bands
-                else:
-                    self._all_chunks(block, covers)
+                self._check_statistics(block, group, assignment, inputs)
                 return Counter((block, group, *tile) for tile in tiles)
             case Publish(block):
                 solved = sum((kept.covers for kept, _ in inputs), Counter[tuple[int, ...]]())
@@ -189,6 +186,24 @@ class Fleet:
             case task:
                 raise AssertionError(f"a fleet that quantizes was given {task}")
         return Counter()
+
+    def _check_statistics(
+        self, block: int, number: int, assignment: Assignment, inputs: list[tuple[Kept, int]]
+    ) -> None:
+        """A solve reads its group's sums, reduced or everyone's own, and its ranges if wanted."""
+        group = self.plan.blocks[block].groups[number]
+        collected: dict[int, list[Counter[tuple[int, ...]]]] = {}  # by part
+        reduced = []
+        for (source, _), (kept, part) in zip(assignment.inputs, inputs, strict=True):
+            if source.startswith("reduce/"):
+                reduced.append(kept.covers)
+            else:
+                collected.setdefault(part, []).append(kept.covers)
+        assert all(covers == self._every(block) for covers in reduced)
+        for covers in collected.values():
+            self._all_chunks(block, covers)
+        sums = self.plan.summed(group) and not reduced
+        assert len(collected) == sums + group.ranged
 
     def _publish(self, block: int) -> None:
         if self.plan.calibration is not None:

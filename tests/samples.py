@@ -6,7 +6,7 @@ from typing import Any
 from jobs.spec import JobSpec
 from orchestrator.planning import make_plan, plan_layers
 from workers.architecture import Architecture, BlockInfo, LinearInfo
-from workers.plan import Plan
+from workers.plan import Norm, Plan
 
 HIDDEN = 2048
 INNER = 5632
@@ -40,8 +40,12 @@ def architecture(
                     linear(f"{mlp}.up_proj", inner, hidden),
                 ),
                 (linear(f"{mlp}.down_proj", hidden, inner),),
-            )
+            ),
+            (norm(index, "input_layernorm"), None, norm(index, "post_attention_layernorm"), None),
         )
+
+    def norm(index: int, name: str) -> Norm:
+        return Norm(f"model.layers.{index}.{name}", "scale", bias=False)
 
     return Architecture(
         model_type="llama",

@@ -95,6 +95,50 @@ _JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
         2,
         r"quantization.overrides.0.match: splits q_proj/k_proj/v_proj of .*: match all of them or",
     ),
+    "smoothing what leaves activations alone": (
+        {"quantization": {"scheme": "int4", "method": "smoothquant"}},
+        2,
+        r"quantization: method smoothquant helps activations to be rounded, which int4 leaves as "
+        r"they are: write scheme: int8_dynamic or int8_static, or another method$",
+    ),
+    "an alpha that is none": (
+        {
+            "quantization": {
+                "scheme": "int8_static",
+                "method": "smoothquant",
+                "smoothquant": {"alpha": 1.5},
+            }
+        },
+        2,
+        r"quantization.smoothquant.alpha: Input should be less than or equal to 1 \(got 1.5\)",
+    ),
+    "static scales without texts": (
+        {"quantization": {"scheme": "int8_static", "method": "rtn"}, "calibration": None},
+        2,
+        r"int8_static finds its activation scales in texts: add a calibration section$",
+    ),
+    "a static output head": (
+        {
+            "quantization": {
+                **_GPTQ,
+                "overrides": [{"match": "lm_head", "scheme": "int8_static", "method": "rtn"}],
+            }
+        },
+        2,
+        r"quantization.overrides.0.scheme: the output head's inputs are not calibrated: write "
+        r"scheme: int8_dynamic for it$",
+    ),
+    "nothing to smooth": (
+        {
+            "quantization": {
+                "scheme": "int8_dynamic",
+                "method": "smoothquant",
+                "overrides": [{"match": "re:.*(q|k|v|gate|up)_proj", "method": "rtn"}],
+            }
+        },
+        2,
+        r"quantization.method: smoothquant finds no norm whose output .*: write rtn or gptq$",
+    ),
     "store below a file": (
         {"output": {"store": "short.txt/store"}},
         3,

@@ -96,7 +96,7 @@ def test_faults_of_all_kinds_are_reported_at_once_with_their_places(job: Path) -
     assert messages["modle"].startswith("unknown key: write one of name, model, quantization,")
     assert messages["model.dtpye"] == "unknown key: write one of path, dtype"
     assert messages["quantization.scheme"] == (
-        "unknown scheme 'int5': write one of int4, int8, int8_dynamic"
+        "unknown scheme 'int5': write one of int4, int8, int8_dynamic, int8_static"
     )
     assert "got '64'" in messages["quantization.group_size"]
     assert "'channel'" in messages["quantization.group_size"]

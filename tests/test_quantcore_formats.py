@@ -45,7 +45,8 @@ def linear(scheme: Scheme, rows: int, stored: torch.dtype, width: int = WIDTH) -
     # lopsided by another amount in every row: zero points of many values
     w_OI = torch.randn(rows, width, generator=generator) + torch.linspace(-3, 3, rows)[:, None]
     qparams = choose_qparams(w_OI, scheme, stored=stored)
-    return QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme)
+    input_scale = 0.25 if scheme.kind.static else None
+    return QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme, input_scale)
 
 
 def value(quantized: QuantizedLinear) -> Tensor:
@@ -144,6 +145,8 @@ def test_the_library_stores_the_same_bytes(scheme: Scheme, rows: int) -> None:
     }
     theirs = compressor(scheme).compress(state, library_scheme(scheme))
     ours = FORMAT.encode(quantized, torch.float32)
+    if scheme.kind.static:  # no affair of its compressor, which knows weights
+        assert ours.pop("input_scale").tolist() == [quantized.input_scale]
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype
@@ -156,7 +159,7 @@ def test_the_names_told_are_those_stored(scheme: Scheme) -> None:
     assert set(FORMAT.suffixes(scheme)) == set(stored)
     assert len(FORMAT.suffixes(scheme)) == len(stored)
     names = compressor(scheme).compression_param_names(library_scheme(scheme))
-    assert set(names) == set(stored)
+    assert {*names, *(["input_scale"] if scheme.kind.static else [])} == set(stored)
 
 
 @all_schemes
@@ -183,7 +186,8 @@ def test_one_scheme_targets_every_linear(scheme: Scheme) -> None:
         assert activations is None
     else:
         assert activations.num_bits == scheme.kind.activation_bits
-        assert (activations.strategy, activations.dynamic) == ("token", True)
+        expected = ("tensor", False) if scheme.kind.static else ("token", True)
+        assert (activations.strategy, activations.dynamic) == expected
 
 
 def test_several_schemes_name_their_linears_one_by_one() -> None:

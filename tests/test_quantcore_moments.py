@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantcore.moments import Moments, MomentTree, Span, fixed_tree, total
+from quantcore.moments import Moments, moment_tree
+from quantcore.tree import Span, fixed_tree, total
 from tests.references import correlated_inputs, second_moment
 
 WIDTH = 24
@@ -27,7 +28,7 @@ def micro_batches(chunk: int) -> list[Tensor]:
 
 def collect(chunks: int, first: int, last: int) -> dict[Span, Moments]:
     """What a worker that owns chunks [first, last) has to send."""
-    tree = MomentTree(chunks, WIDTH, CPU)
+    tree = moment_tree(chunks, WIDTH, CPU)
     for chunk in range(first, last):
         for x_TI in micro_batches(chunk):
             tree.add(chunk, x_TI)
@@ -146,7 +147,7 @@ def test_tokens_that_are_not_finite_are_left_out_and_counted(
 
 def test_counts_of_dropped_tokens_are_merged() -> None:
     bad_TI = torch.full((3, WIDTH), float("nan"))
-    tree = MomentTree(2, WIDTH, CPU)
+    tree = moment_tree(2, WIDTH, CPU)
     tree.add(0, bad_TI)
     tree.add(0, torch.ones(2, WIDTH))
     tree.add(1, bad_TI)

@@ -78,7 +78,7 @@ def test_a_shard_begins_at_the_source_and_goes_on_from_what_it_quantized(
     for index, block in enumerate(plan.blocks):
         layers = list(block.quantized())
         store = open_store(plan.store)
-        quantized = published_weights(store, block_key(index), plan, layers)
+        quantized = published_weights(store, block_key(index), plan, index)
         original = dict(source.read(f"{layer.name}.weight" for layer in layers))
         apart = []
         for layer in layers:

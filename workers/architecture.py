@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map
 
 from quantcore.errors import SourceError
 from workers.blocks import BlockModel, Call, linears_of, run_block
+from workers.norms import NormWatch, norm_rule
+from workers.plan import Norm
 from workers.sources import ModelSource
 
 _PROBE_TOKENS = 8
@@ -31,6 +33,7 @@ class BlockInfo:
     """The linears of one block, those that read one input side by side."""
 
     groups: tuple[tuple[LinearInfo, ...], ...]  # LinearGroups, in the order of the forward
+    norms: tuple[Norm | None, ...]  # the norm that such a group alone reads
 
     def linears(self) -> Iterator[LinearInfo]:
         for group in self.groups:
@@ -58,7 +61,7 @@ def inspect(source: ModelSource) -> Architecture:
     for index, call in enumerate(calls):
         block = model.empty_block(index)
         _refuse_by_structure(block, model.prefix(index).rstrip("."))
-        blocks.append(BlockInfo(_linear_groups(block, call, model.prefix(index), source.config)))
+        blocks.append(_block_info(block, call, model.prefix(index), source.config))
     text = source.config.get_text_config()
     return Architecture(
         model_type=source.config.model_type,
@@ -139,9 +142,7 @@ def _probe_calls(model: BlockModel) -> list[Call]:
     return model.probe(ids_BL, zeros).calls
 
 
-def _linear_groups(
-    block: nn.Module, call: Call, prefix: str, config: Any
-) -> tuple[tuple[LinearInfo, ...], ...]:
+def _block_info(block: nn.Module, call: Call, prefix: str, config: Any) -> BlockInfo:
     """Run the block on the meta device and see which linears are handed the same tensor."""
     seen: list[tuple[Tensor, list[LinearInfo]]] = []  # holds the inputs, so ids stay unique
 
@@ -160,15 +161,30 @@ def _linear_groups(
 
     linears = [*linears_of(block), *_conv1ds(block)]
     handles = [m.register_forward_pre_hook(note(name, m)) for name, m in linears]
+    watch = NormWatch(block, [module for _, module in linears])
     try:
         hidden_BLH = torch.empty(
             1, _PROBE_TOKENS, config.get_text_config().hidden_size, device="meta"
         )
-        run_block(block.to("meta"), tree_map(_to_meta, call), hidden_BLH)
+        call = tree_map(_to_meta, call)
+        with watch.watching():
+            run_block(block.to("meta"), call, hidden_BLH)
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(tuple(group) for _, group in seen)
+    return BlockInfo(
+        tuple(tuple(group) for _, group in seen),
+        tuple(_norm(block, watch.norm_of(tensor), prefix) for tensor, _ in seen),
+    )
+
+
+def _norm(block: nn.Module, name: str | None, prefix: str) -> Norm | None:
+    if name is None:
+        return None
+    module = block.get_submodule(name)
+    rule = norm_rule(module)
+    biased = getattr(module, "bias", None) is not None
+    return Norm(prefix + name, rule, biased) if rule else None
 
 
 def _conv1ds(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

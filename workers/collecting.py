@@ -1,16 +1,18 @@
-"""Moments of a block's inputs: hooks on its linears add what they are handed to trees of sums."""
+"""Statistics of a block's inputs: hooks on its linears add what they are handed to fixed trees."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcore.moments import MomentTree, band_rows
+from quantcore.moments import Moments, band_rows, moment_tree
+from quantcore.ranges import Ranges, range_tree
+from quantcore.tree import Tree
 from workers.blocks import Inputs, linears_of, run_block
-from workers.plan import BlockPlan
-from workers.tasks import BandMoments
+from workers.plan import Plan
+from workers.tasks import BandMoments, InputRanges
 
 
 class _AllSeenError(Exception):
@@ -21,53 +23,82 @@ class Collector:
     """Hooks on the first linear of each LinearGroup that has something to quantize."""
 
     def __init__(
-        self, block: nn.Module, prefix: str, plan: BlockPlan, chunks: int, device: torch.device
+        self, block: nn.Module, prefix: str, plan: Plan, index: int, device: torch.device
     ) -> None:
         self._block = block
+        self._index = index
         self._chunk = 0
-        self._trees = [
-            MomentTree(chunks, group.in_features, device) if group.quantized() else None
-            for group in plan.groups
-        ]
+        self._sums: dict[int, Tree[Moments]] = {}  # by the group's number
+        self._ranges: dict[int, Tree[Ranges]] = {}
+        groups, chunks = plan.blocks[index].groups, plan.contract.chunks
+        for number, group in enumerate(groups):
+            if plan.summed(group):
+                self._sums[number] = moment_tree(chunks, group.in_features, device)
+            if group.ranged:
+                rows = plan.sample_rows()
+                self._ranges[number] = range_tree(chunks, group.in_features, rows, device)
         modules = {prefix + name: module for name, module in linears_of(block)}
-        watched = [index for index, tree in enumerate(self._trees) if tree is not None]
-        for index in watched:
-            first = modules[plan.groups[index].layers[0].name]
-            first.register_forward_pre_hook(self._hook(index, last=index == watched[-1]))
+        watched = sorted({*self._sums, *self._ranges})
+        for number in watched:
+            first = modules[groups[number].layers[0].name]
+            first.register_forward_pre_hook(self._hook(number, last=number == watched[-1]))
 
-    def run(self, chunk: int, index: int, batches: Iterable[Inputs]) -> None:
-        """Run one chunk through the block, whose number is `index`; chunks come in rising order."""
+    def run(self, chunk: int, batches: Iterable[Inputs]) -> None:
+        """Run one chunk through the block; chunks come in rising order."""
         self._chunk = chunk
         for inputs in batches:
             with contextlib.suppress(_AllSeenError):
-                run_block(self._block, inputs.calls[index], inputs.hidden_BLH)
+                run_block(self._block, inputs.calls[self._index], inputs.hidden_BLH)
 
-    def parts(self, bands: tuple[int, ...]) -> tuple[BandMoments, ...]:
-        """What was summed up, each LinearGroup in its number of row bands."""
-        parts: list[BandMoments] = []
-        for tree, count in zip(self._trees, bands, strict=True):
-            if tree is None:
-                parts += [BandMoments(0, {})] * count
-                continue
-            tree.close()
-            for first, last in band_rows(tree.width, count):
-                nodes = {
-                    span: (
-                        moments.sum_II[first:last, :last].cpu().numpy(),
-                        moments.tokens,
-                        moments.dropped,
-                    )
-                    for span, moments in tree.nodes.items()
-                }
-                parts.append(BandMoments(first, nodes))
+    def parts(self, bands: tuple[int, ...]) -> tuple[BandMoments | InputRanges, ...]:
+        """What was added up: each group's sums in its number of row bands, then all ranges."""
+        parts: list[BandMoments | InputRanges] = []
+        for number, sums in self._sums.items():
+            sums.close()
+            parts += _bands(sums, bands[number])
+        for ranges in self._ranges.values():
+            ranges.close()
+            parts.append(_packed(ranges))
         return tuple(parts)
 
-    def _hook(self, index: int, last: bool) -> Any:
+    def _hook(self, number: int, last: bool) -> Any:
+        trees: list[Tree[Any]] = [
+            trees[number] for trees in (self._sums, self._ranges) if number in trees
+        ]
+
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tree = self._trees[index]
-            assert tree is not None
-            tree.add(self._chunk, args[0].flatten(0, -2))
+            for tree in trees:
+                tree.add(self._chunk, args[0].flatten(0, -2))
             if last:
                 raise _AllSeenError
 
         return add
+
+
+def _bands(sums: Tree[Moments], count: int) -> Iterator[BandMoments]:
+    width = next(iter(sums.nodes.values())).sum_II.shape[0]
+    for first, last in band_rows(width, count):
+        nodes = {
+            span: (
+                moments.sum_II[first:last, :last].cpu().numpy(),
+                moments.tokens,
+                moments.dropped,
+            )
+            for span, moments in sums.nodes.items()
+        }
+        yield BandMoments(first, nodes)
+
+
+def _packed(ranges: Tree[Ranges]) -> InputRanges:
+    return InputRanges(
+        {
+            span: (
+                node.low_I.cpu().numpy(),
+                node.high_I.cpu().numpy(),
+                node.sample_SI.cpu().numpy(),
+                node.tokens,
+                node.dropped,
+            )
+            for span, node in ranges.nodes.items()
+        }
+    )

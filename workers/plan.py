@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ import torch
 from jobs.spec import CalibrationSpec, Method
 from quantcore.gptq import GptqConfig
 from quantcore.schemes import Scheme
+from quantcore.smoothing import SEARCHED_ALPHAS, NormRule
 
+SAMPLE_TOKENS = 512  # of all the calibration tokens, to choose SmoothQuant's alpha by
 BITS_VERSION = 1  # raised by hand whenever the code would give the same job other bits
 
 
@@ -33,10 +35,34 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm whose output one LinearGroup reads, and nothing else."""
+
+    name: str  # of the module: model.layers.0.input_layernorm
+    rule: NormRule
+    bias: bool
+
+    def tensors(self) -> list[str]:
+        return [f"{self.name}.weight"] + ([f"{self.name}.bias"] if self.bias else [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmoothquantConfig:
+    alphas: tuple[float, ...] = SEARCHED_ALPHAS  # to choose from; a single one is taken as it is
+    rounding: Literal["rtn", "gptq"] = "rtn"  # of the smoothed weights
+
+
+@dataclass(frozen=True, slots=True)
 class GroupPlan:
     """A LinearGroup: the linears of a block that read one input, and so share one Hessian."""
 
     layers: tuple[LayerPlan, ...]
+    smoothed: Norm | None = None  # SmoothQuant's factors go into this norm; None: no smoothing
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the ranges of its inputs are needed, and a sample: activations are rounded."""
+        return any(layer.scheme.kind.activation_bits for layer in self.quantized() if layer.scheme)
 
     @property
     def in_features(self) -> int:
@@ -60,6 +86,11 @@ class GroupPlan:
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
     groups: tuple[GroupPlan, ...]
+
+    def smoothed(self) -> Iterator[Norm]:
+        for group in self.groups:
+            if group.smoothed is not None:
+                yield group.smoothed
 
     def quantized(self) -> Iterator[LayerPlan]:
         for group in self.groups:
@@ -94,6 +125,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     head: LayerPlan | None  # the output head, where an override asks for it
     gptq: GptqConfig
+    smoothquant: SmoothquantConfig
     search_range: bool
     calibration: CalibrationSpec | None
     contract: Contract
@@ -113,6 +145,17 @@ class Plan:
         if self.head is not None:
             yield self.head
 
+    def rounding(self, layer: LayerPlan) -> Literal["rtn", "gptq"]:
+        """How a layer's weights are rounded, smoothed or not."""
+        assert layer.method is not None
+        return self.smoothquant.rounding if layer.method == "smoothquant" else layer.method
+
+    def summed(self, group: GroupPlan) -> bool:
+        """Whether a group's Hessian is needed: to solve with, or else to tell the error by."""
+        quantized = group.quantized()
+        solved = any(self.rounding(layer) == "gptq" for layer in quantized)
+        return bool(quantized) and (solved or not group.ranged)
+
     def shard_ranges(self) -> list[tuple[int, int]]:
         """Blocks [first, last) of each shard, as even as whole numbers allow."""
         blocks = len(self.blocks)
@@ -130,6 +173,10 @@ class Plan:
     def micro_batches_of(self, first_chunk: int, last_chunk: int) -> list[int]:
         chunks = range(first_chunk, last_chunk)
         return [m for m in range(self.micro_batches()) if self.chunk_of(m) in chunks]
+
+    def sample_rows(self) -> int:
+        """Tokens of each micro-batch that are kept as a sample of a group's inputs."""
+        return max(1, SAMPLE_TOKENS // self.micro_batches())
 
     def row_tiles(self, stack: list[LayerPlan]) -> list[tuple[int, int]]:
         """The rows of a stack, cut at the contract's height."""

@@ -65,10 +65,11 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     return record
 
 
-def published_weights(
-    store: Store, key: str, plan: Plan, layers: Iterable[LayerPlan]
-) -> dict[str, Tensor]:
-    """The weights of a published block by checkpoint name, dequantized from its very bytes."""
+def published_weights(store: Store, key: str, plan: Plan, block: int) -> dict[str, Tensor]:
+    """The weights of a published block that are new, by checkpoint name, from its very bytes.
+
+    Quantized ones are dequantized; the norms that SmoothQuant changed are as they stand.
+    """
     record = read_record(store, key)
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
@@ -77,8 +78,9 @@ def published_weights(
             raise StoreError(f"{store.url}: {record['file']} is not what was published")
         tensors = load_file(local)
     form = FORMATS[plan.format]
-    weights = {}
-    for layer in layers:
+    norms = [name for norm in plan.blocks[block].smoothed() for name in norm.tensors()]
+    weights = {name: tensors[name] for name in norms}
+    for layer in plan.blocks[block].quantized():
         assert layer.scheme is not None
         parts = {s: tensors[f"{layer.name}.{s}"] for s in form.suffixes(layer.scheme)}
         weights[f"{layer.name}.weight"] = form.decode(parts, layer.scheme)
@@ -95,6 +97,8 @@ def encode_solved(
     for result in solved:
         by_group.setdefault(result.group, []).append(result)
     for index, group in enumerate(groups):
+        for name, values_I in by_group[index][0].norm.items() if index in by_group else ():
+            tensors[name] = torch.tensor(values_I).to(source.tensors[name].dtype)
         for number, stack in enumerate(group.stacks()):
             tiles = sorted(
                 (tile for part in by_group[index] for tile in part.tiles if tile.stack == number),
@@ -107,13 +111,16 @@ def encode_solved(
             output_O = np.concatenate([tile.output_O for tile in tiles])
             first = 0
             for layer in stack:
+                assert layer.scheme is not None
                 rows = slice(first, first + layer.out_features)
                 first += layer.out_features
                 qparams = Qparams(torch.tensor(scale_OG[rows]), torch.tensor(zero_OG[rows]))
-                tensors |= _encoded(plan, layer, torch.tensor(codes_OI[rows]), qparams, source)
+                codes = torch.tensor(codes_OI[rows])
+                scale = by_group[index][0].input_scale if layer.scheme.kind.static else None
+                tensors |= _encoded(plan, layer, codes, qparams, source, scale)
                 total = output_O[rows].sum()
                 relative = math.sqrt(error_O[rows].sum() / total) if total > 0 else None
-                facts = by_group[index][0].facts
+                facts = _facts_of(plan, layer, by_group[index][0].facts)
                 lines.append(report_line(layer, facts, relative))
     return tensors, lines
 
@@ -136,17 +143,25 @@ def encode_rounded(plan: Plan, layers: Iterable[LayerPlan], source: ModelSource)
     return tensors, lines
 
 
+def _facts_of(plan: Plan, layer: LayerPlan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a group's facts, those that are about a linear's own method."""
+    others = set() if plan.rounding(layer) == "gptq" else {"damping", "fallback"}
+    others |= set() if layer.method == "smoothquant" else {"alpha", "smoothed_in"}
+    return {name: fact for name, fact in facts.items() if name not in others}
+
+
 def report_line(
     layer: LayerPlan, facts: Mapping[str, Any], relative_output_error: float | None
 ) -> dict[str, Any]:
     assert layer.scheme is not None
-    gptq = layer.method == "gptq"
     return {
         "layer": layer.name,
         "scheme": layer.scheme.label(),
         "method": layer.method,
-        "damping": facts.get("damping") if gptq else None,
-        "fallback": facts.get("fallback") if gptq else None,
+        "alpha": facts.get("alpha"),
+        "smoothed_in": facts.get("smoothed_in"),
+        "damping": facts.get("damping"),
+        "fallback": facts.get("fallback"),
         "tokens": facts.get("tokens", 0),
         "dropped_tokens": facts.get("dropped", 0),
         "silent_inputs": facts.get("silent_inputs", 0),
@@ -155,10 +170,15 @@ def report_line(
 
 
 def _encoded(
-    plan: Plan, layer: LayerPlan, codes_OI: Tensor, qparams: Qparams, source: ModelSource
+    plan: Plan,
+    layer: LayerPlan,
+    codes_OI: Tensor,
+    qparams: Qparams,
+    source: ModelSource,
+    input_scale: float | None = None,
 ) -> dict[str, Tensor]:
     assert layer.scheme is not None
     scale_dtype = source.tensors[f"{layer.name}.weight"].dtype
-    linear = QuantizedLinear(codes_OI, qparams, layer.scheme)
+    linear = QuantizedLinear(codes_OI, qparams, layer.scheme, input_scale)
     parts = FORMATS[plan.format].encode(linear, scale_dtype)
     return {f"{layer.name}.{suffix}": tensor for suffix, tensor in parts.items()}

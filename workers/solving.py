@@ -1,22 +1,27 @@
-"""Solve row tiles of one LinearGroup: from moments to codes.
+"""Solve row tiles of one LinearGroup: from the statistics of its inputs to codes.
 
 A fallback is decided here and written down here: a Hessian that no damping makes usable means
 plain rounding for its linears, and the report says so.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcore.activations import fake_quantize
 from quantcore.affine import Qparams, choose_qparams, dequantize, quantize, search_qparams
 from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
-from quantcore.moments import Moments, Span, total
+from quantcore.moments import Moments
+from quantcore.schemes import Scheme
+from quantcore.tree import Span, total
 from workers.plan import LayerPlan, Plan
+from workers.smoothing import GroupInputs, smooth_group, whole_ranges
 from workers.sources import ModelSource
-from workers.tasks import BandMoments, Solve, SolvedGroup, SolvedTile
+from workers.tasks import BandMoments, InputRanges, Solve, SolvedGroup, SolvedTile
 
 
 def reduce_band(collected: Iterable[BandMoments], chunks: int) -> BandMoments:
@@ -27,25 +32,24 @@ def reduce_band(collected: Iterable[BandMoments], chunks: int) -> BandMoments:
     return BandMoments(bands[0].first_row, {(0, chunks): whole})
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a group's inputs; one of the two may not have been asked for."""
+
+    h_II: Tensor | None  # of the smoothed inputs
+    inputs: GroupInputs | None
+    factor: Factor | None = None
+
+
 def solve_group(
     plan: Plan,
     task: Solve,
-    collected: Iterable[BandMoments],
+    collected: Iterable[BandMoments | InputRanges],
     source: ModelSource,
     device: torch.device,
 ) -> SolvedGroup:
-    moments = _whole(collected, plan.contract.chunks, device)
-    h_II = moments.mean()
+    known, facts = _learn(plan, task, list(collected), source, device)
     stacks = plan.blocks[task.block].groups[task.group].stacks()
-    facts: dict[str, Any] = {"tokens": moments.tokens, "dropped": moments.dropped}
-    facts["silent_inputs"] = int((h_II.diagonal() == 0).sum().item())
-    factor = None
-    if any(stacks[number][0].method == "gptq" for number, _ in task.tiles):
-        try:
-            factor = factorize(h_II, plan.gptq)
-            facts["damping"] = factor.damping
-        except SolveError as error:
-            facts["fallback"] = f"rtn: {error}"
     tiles = []
     for number in sorted({stack for stack, _ in task.tiles}):
         stack = stacks[number]
@@ -54,8 +58,46 @@ def solve_group(
         for _, tile in (pair for pair in task.tiles if pair[0] == number):
             first, last = rows[tile]
             part_OI = w_OI[first:last].to(device)
-            tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, h_II, factor))
-    return SolvedGroup(task.group, tuple(tiles), facts)
+            tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, known))
+    inputs = known.inputs
+    if inputs is None:
+        return SolvedGroup(task.group, tuple(tiles), facts)
+    return SolvedGroup(task.group, tuple(tiles), facts, inputs.norm, inputs.scale)
+
+
+def _learn(
+    plan: Plan,
+    task: Solve,
+    collected: list[BandMoments | InputRanges],
+    source: ModelSource,
+    device: torch.device,
+) -> tuple[_Known, dict[str, Any]]:
+    """Finish the statistics, choose the smoothing, factor the Hessian; and facts for the report."""
+    group, chunks = plan.blocks[task.block].groups[task.group], plan.contract.chunks
+    facts: dict[str, Any] = {}
+    inputs, h_II, factor = None, None, None
+    if group.ranged:
+        ranges = whole_ranges((p for p in collected if isinstance(p, InputRanges)), chunks, device)
+        inputs = smooth_group(plan, group, ranges, source, device)
+        facts |= {"tokens": ranges.tokens, "dropped": ranges.dropped}
+        facts["silent_inputs"] = int((ranges.largest() == 0).sum().item())
+        facts["alpha"] = inputs.alpha
+        facts["smoothed_in"] = group.smoothed.name if group.smoothed and inputs.norm else None
+    if plan.summed(group):
+        moments = _whole((p for p in collected if isinstance(p, BandMoments)), chunks, device)
+        h_II = moments.mean()
+        facts |= {"tokens": moments.tokens, "dropped": moments.dropped}
+        facts["silent_inputs"] = int((h_II.diagonal() == 0).sum().item())
+        if inputs is not None:
+            h_II = h_II / inputs.factor_I / inputs.factor_I[:, None]
+        solved = (group.stacks()[number][0] for number, _ in task.tiles)
+        if any(plan.rounding(layer) == "gptq" for layer in solved):
+            try:
+                factor = factorize(h_II, plan.gptq)
+                facts["damping"] = factor.damping
+            except SolveError as error:
+                facts["fallback"] = f"rtn: {error}"
+    return _Known(h_II, inputs, factor), facts
 
 
 def _whole(collected: Iterable[BandMoments], chunks: int, device: torch.device) -> Moments:
@@ -86,25 +128,20 @@ def stacked_weights(stack: list[LayerPlan], source: ModelSource) -> Tensor:
 
 
 def _solve_tile(
-    plan: Plan,
-    layer: LayerPlan,
-    place: tuple[int, int],
-    w_OI: Tensor,
-    h_II: Tensor,
-    factor: Factor | None,
+    plan: Plan, layer: LayerPlan, place: tuple[int, int], w_OI: Tensor, known: _Known
 ) -> SolvedTile:
-    scheme = layer.scheme
+    scheme, stored = layer.scheme, w_OI.dtype
     assert scheme is not None
-    if layer.method == "gptq" and factor is not None:
-        qparams = _range(plan, w_OI, h_II, layer)
-        codes_OI = solve(w_OI, qparams, scheme, factor, plan.gptq.block_columns)
+    if known.inputs is not None:
+        w_OI = w_OI.float() * known.inputs.factor_I
+    if plan.rounding(layer) == "gptq" and known.factor is not None:
+        assert known.h_II is not None
+        qparams = _range(plan, w_OI, known.h_II, scheme, stored)
+        codes_OI = solve(w_OI, qparams, scheme, known.factor, plan.gptq.block_columns)
     else:
-        qparams = choose_qparams(w_OI, scheme, stored=w_OI.dtype)
+        qparams = choose_qparams(w_OI, scheme, stored=stored)
         codes_OI = quantize(w_OI, qparams, scheme)
-    w_OI = w_OI.float()
-    delta_OI = w_OI - dequantize(codes_OI, qparams, scheme)
-    error_O = ((delta_OI @ h_II) * delta_OI).sum(1, dtype=torch.float64)
-    output_O = ((w_OI @ h_II) * w_OI).sum(1, dtype=torch.float64)
+    error_O, output_O = _errors(w_OI.float(), dequantize(codes_OI, qparams, scheme), scheme, known)
     return SolvedTile(
         *place,
         codes_OI.cpu().numpy(),
@@ -115,8 +152,31 @@ def _solve_tile(
     )
 
 
-def _range(plan: Plan, w_OI: Tensor, h_II: Tensor, layer: LayerPlan) -> Qparams:
-    assert layer.scheme is not None
+def _errors(
+    w_OI: Tensor, rounded_OI: Tensor, scheme: Scheme, known: _Known
+) -> tuple[Tensor, Tensor]:
+    """Squared error of each row's output, and the squared output itself, float64.
+
+    On the sampled tokens where there are some, with activations rounded as while serving; else
+    as a mean over all tokens, from the Hessian: w H w^T.
+    """
+    if known.inputs is not None:
+        x_SI = known.inputs.ranges.sample_SI / known.inputs.factor_I
+        y_SO = x_SI @ w_OI.t()
+        served_SI = fake_quantize(x_SI, scheme, known.inputs.scale if scheme.kind.static else None)
+        error_SO = y_SO - served_SI @ rounded_OI.t()
+        return (
+            error_SO.square().sum(0, dtype=torch.float64),
+            y_SO.square().sum(0, dtype=torch.float64),
+        )
+    h_II = known.h_II
+    assert h_II is not None
+    delta_OI = w_OI - rounded_OI
+    error_O = ((delta_OI @ h_II) * delta_OI).sum(1, dtype=torch.float64)
+    return error_O, ((w_OI @ h_II) * w_OI).sum(1, dtype=torch.float64)
+
+
+def _range(plan: Plan, w_OI: Tensor, h_II: Tensor, scheme: Scheme, stored: torch.dtype) -> Qparams:
     if plan.search_range:
-        return search_qparams(w_OI, h_II.diagonal(), layer.scheme, stored=w_OI.dtype)
-    return choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
+        return search_qparams(w_OI, h_II.diagonal(), scheme, stored=stored)
+    return choose_qparams(w_OI, scheme, stored=stored)

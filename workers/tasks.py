@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.spec import EvaluationSpec
-from quantcore.moments import Span
+from quantcore.tree import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class Sweep:
 class Collect:
     """Run a block on chunks that this worker holds and add up the inputs of its LinearGroups.
 
-    One part per row band, group after group.
+    One part per row band, group after group; then one for each group whose ranges are wanted.
     """
 
     block: int
     chunks: tuple[int, ...]
-    bands: tuple[int, ...]  # per LinearGroup: how many its Hessian is cut into
+    bands: tuple[int, ...]  # per LinearGroup: how many its Hessian is cut into; 0: not wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +200,14 @@ class BandMoments:
 
 
 @dataclass(frozen=True, slots=True)
+class InputRanges:
+    """Some nodes of the fixed tree: the ranges of one LinearGroup's inputs, and sampled tokens."""
+
+    # lowest, highest, sample, tokens, dropped tokens
+    nodes: dict[Span, tuple[FloatArray, FloatArray, FloatArray, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class SolvedTile:
     """Rows [first, last) of a stack of linears, quantized."""
 
@@ -208,15 +216,17 @@ class SolvedTile:
     codes_OI: npt.NDArray[np.int8]
     scale_OG: FloatArray
     zero_OG: npt.NDArray[np.int8]
-    error_O: npt.NDArray[np.float64]  # per row: e H e^T, what its rounding does to the output
-    output_O: npt.NDArray[np.float64]  # per row: w H w^T, the output itself
+    error_O: npt.NDArray[np.float64]  # per row: its output's squared error, however many tokens
+    output_O: npt.NDArray[np.float64]  # per row: the output itself, squared, over the same tokens
 
 
 @dataclass(frozen=True, slots=True)
 class SolvedGroup:
     group: int
     tiles: tuple[SolvedTile, ...]
-    facts: dict[str, Any]  # damping, fallback, tokens, dropped, silent inputs
+    facts: dict[str, Any]  # damping, fallback, tokens, dropped, silent inputs, alpha
+    norm: dict[str, FloatArray] = field(default_factory=dict)  # a smoothed group's, by name
+    input_scale: float | None = None  # of a static scheme
 
 
 @dataclass(frozen=True, slots=True)

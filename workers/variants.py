@@ -1,14 +1,17 @@
 """Whole models in memory, to be measured: the original, a rounded one, a finished artifact."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcore.activations import fake_quantize
 from quantcore.affine import choose_qparams, dequantize, quantize
 from quantcore.errors import StoreError
+from quantcore.schemes import Scheme
 from workers.layout import MODEL
 from workers.plan import Plan
 from workers.skeleton import empty_model, quiet_transformers
@@ -22,15 +25,28 @@ def original(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def rounded(source: ModelSource, dtype: torch.dtype, plan: Plan) -> Any:
-    """The plan's layers rounded plainly, dequantized: what its schemes give without a method."""
+    """The plan's layers rounded plainly, dequantized: what its schemes give without a method.
+
+    Activations that are to be rounded get a scale for each token, under static schemes too.
+    """
     replace = {}
+    served: dict[str, Scheme] = {}
     for layer in plan.layers():
         if layer.scheme is not None:
             ((name, w_OI),) = source.read([f"{layer.name}.weight"])
             qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
             codes_OI = quantize(w_OI, qparams, layer.scheme)
             replace[name] = dequantize(codes_OI, qparams, layer.scheme)
-    return _assemble(source, dtype, replace)
+            served[layer.name] = layer.scheme
+    model = _assemble(source, dtype, replace)
+    for layer_name, scheme in served.items():
+        model.get_submodule(layer_name).register_forward_pre_hook(_rounding(scheme))
+    return model
+
+
+def _rounding(scheme: Scheme) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """What a linear is handed, as the scheme serves it."""
+    return lambda _module, args: (fake_quantize(args[0], scheme), *args[1:])
 
 
 def artifact(folder: Path, dtype: torch.dtype) -> Any:

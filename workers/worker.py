@@ -141,12 +141,10 @@ class Worker:
                 return self._evaluate(task)
 
     def _collect(self, task: Collect) -> Outcome:
-        block = self._model.block(task.block)
-        plan, chunks = self._plan.blocks[task.block], self._plan.contract.chunks
-        prefix = self._model.prefix(task.block)
-        collector = Collector(block, prefix, plan, chunks, self._device)
+        block, prefix = self._model.block(task.block), self._model.prefix(task.block)
+        collector = Collector(block, prefix, self._plan, task.block, self._device)
         for chunk in sorted(task.chunks):
-            collector.run(chunk, task.block, self._held.at(chunk, task.block))
+            collector.run(chunk, self._held.at(chunk, task.block))
         return Outcome({}, collector.parts(task.bands))
 
     def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
@@ -160,7 +158,7 @@ class Worker:
         if self._store.exists(epoch_name(epoch + 1)):
             raise LeaseError(f"another driver has taken {self._store.url} over: this one stops")
         tensors, lines = encoded
-        replaced = {f"{line['layer']}.weight" for line in lines}
+        replaced = {f"{line['layer']}.weight" for line in lines} | tensors.keys()
         kept = dict(self._source.read(name for name in names if name not in replaced))
         return Outcome({"record": publish(self._store, key, {**kept, **tensors}, lines)})
 
@@ -168,8 +166,7 @@ class Worker:
         index = task.block
         weights = {}
         if task.published:
-            layers = list(self._plan.blocks[index].quantized())
-            weights = published_weights(self._store, block_key(index), self._plan, layers)
+            weights = published_weights(self._store, block_key(index), self._plan, index)
         block = self._model.block(index, replace=weights)
         for chunk in task.chunks:
             if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory

@@ -16,6 +16,7 @@ class QuantizedLinear:
     codes_OI: Tensor  # int8
     qparams: Qparams
     scheme: Scheme
+    input_scale: float | None = None  # of a static scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

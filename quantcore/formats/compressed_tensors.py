@@ -1,7 +1,7 @@
 """The compressed-tensors format, which vLLM, SGLang and transformers load.
 
 Config classes and bit packing are the compressed-tensors library's own; which tensor holds what
-is told in its compressors `pack_quantized` (weight-only) and `naive_quantized` (int8 dynamic).
+is told in its compressors `pack_quantized` (weight-only) and `naive_quantized` (W8A8).
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,7 +42,8 @@ def _refusal_together(schemes: frozenset[Scheme]) -> str | None:
 
 def _suffixes(scheme: Scheme) -> tuple[str, ...]:
     if _storage(scheme) == _PLAIN:
-        return ("weight", "weight_scale")
+        plain = ("weight", "weight_scale")
+        return (*plain, "input_scale") if scheme.kind.static else plain
     packed = ("weight_packed", "weight_scale", "weight_shape")
     return packed if scheme.symmetric else (*packed, "weight_zero_point")
 
@@ -53,7 +54,10 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
     scheme, qparams = linear.scheme, linear.qparams
     scale_OG = qparams.scale_OG.to(scale_dtype)
     if _storage(scheme) == _PLAIN:
-        return {"weight": linear.codes_OI, "weight_scale": scale_OG}
+        plain = {"weight": linear.codes_OI, "weight_scale": scale_OG}
+        if linear.input_scale is not None:
+            plain["input_scale"] = torch.tensor([linear.input_scale], dtype=scale_dtype)
+        return plain
     tensors = {
         "weight_packed": pack_to_int32(linear.codes_OI, scheme.bits).contiguous(),
         "weight_scale": scale_OG,
@@ -125,7 +129,10 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> Any:
     activations = None
     if scheme.kind.activation_bits:
         activations = QuantizationArgs(
-            num_bits=scheme.kind.activation_bits, symmetric=True, strategy="token", dynamic=True
+            num_bits=scheme.kind.activation_bits,
+            symmetric=True,
+            strategy="tensor" if scheme.kind.static else "token",
+            dynamic=not scheme.kind.static,
         )
     return QuantizationScheme(
         targets=targets, weights=weights, input_activations=activations, format=_storage(scheme)

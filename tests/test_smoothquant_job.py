@@ -1,0 +1,203 @@
+"""Whole W8A8 jobs: smoothed or not, activations by token or by one calibrated scale."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orchestrator.checks import check
+from orchestrator.driver import run_job
+from orchestrator.fetch import fetch
+from orchestrator.loop import Observer
+from quantcore.activations import fake_quantize
+from quantcore.schemes import Scheme
+from tests.conftest import save_model
+from tests.faults import KillingExecutor, schedule
+from tests.test_orchestrator_job import model_bytes, run_here
+from workers.store import open_store
+
+JobFile = Callable[..., Path]
+
+SMOOTH = {"scheme": "int8_dynamic", "method": "smoothquant"}
+STATIC = {"scheme": "int8_static", "method": "smoothquant"}
+HALF = {"alpha": 0.5}
+_LOUD = (5, 40)  # channels of the residual stream, as every large model has some
+
+
+@pytest.fixture(scope="module")
+def loud_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small llama in bfloat16 with a few channels far above the others."""
+    folder = save_model("llama", tmp_path_factory.mktemp("loud"), torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[list(_LOUD)] *= 30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def loud_job(job_file: JobFile, loud_model: Path) -> JobFile:
+    def write(name: str, quantization: dict[str, Any], **sections: Any) -> Path:
+        model = {"path": str(loud_model)}
+        return job_file(name, quantization=quantization, model=model, **sections)
+
+    return write
+
+
+def lines_of(job: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = run_here(job).report["layers"]
+    return lines
+
+
+def served(folder: Path, ids_BL: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(ids_BL).logits
+    return logits
+
+
+def simulated(folder: Path, ids_BL: Tensor) -> Tensor:
+    """The artifact's stored numbers, put together by hand, activations rounded by our own code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    scales = {k.removesuffix(".input_scale"): v for k, v in tensors.items() if "input_scale" in k}
+    state = {k: v for k, v in tensors.items() if "_scale" not in k}
+    for name in [k.removesuffix("_scale") for k in tensors if k.endswith("weight_scale")]:
+        state[name] = state[name].float() * tensors[f"{name}_scale"].float()
+        layer = name.removesuffix(".weight")
+        kind = "int8_static" if layer in scales else "int8_dynamic"
+        scheme = Scheme(name=kind, group_size=None, symmetric=True)
+        scale = scales[layer].item() if layer in scales else None
+
+        def hook(_module: Any, args: Any, scheme: Scheme = scheme, scale: Any = scale) -> Any:
+            return (fake_quantize(args[0], scheme, scale),)
+
+        model.get_submodule(layer).register_forward_pre_hook(hook)
+    model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    with torch.no_grad():
+        logits: Tensor = model(ids_BL).logits
+    return logits
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        SMOOTH,
+        {**SMOOTH, "smoothquant": HALF},
+        {**SMOOTH, "smoothquant": {"rounding": "gptq"}},
+        STATIC,
+        {"scheme": "int8_static", "method": "rtn"},
+        {"scheme": "int8_static", "method": "gptq"},
+        {**SMOOTH, "overrides": [{"match": "*.mlp.*", "scheme": "int8_static"}]},
+    ],
+    ids=str,
+)
+def test_transformers_serves_what_was_measured(
+    loud_job: JobFile, tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    result = run_here(loud_job("job", quantization))
+    fetch(open_store(result.store), tmp_path / "out")
+    ids_BL = torch.arange(2, 34)[None]
+    theirs, ours = served(tmp_path / "out", ids_BL), simulated(tmp_path / "out", ids_BL)
+    # a last bit that falls the other way moves an activation by a whole step
+    assert (theirs - ours).abs().median() < 0.02 * ours.std()
+    assert theirs.std() > 0.1
+    for line in result.report["layers"]:
+        assert 0 < line["relative_output_error"] < 0.2, line
+
+
+@pytest.mark.parametrize("quantization", [SMOOTH, STATIC], ids=str)
+def test_smoothing_moves_outputs_less(loud_job: JobFile, quantization: dict[str, Any]) -> None:
+    plain = lines_of(loud_job("plain", {**quantization, "method": "rtn"}))[:7]
+    smooth = lines_of(loud_job("smooth", quantization))[:7]
+    for before, after in zip(plain, smooth, strict=True):  # of the first block: the same inputs
+        leaf = after["layer"].rpartition(".")[2]
+        if leaf in ("o_proj", "down_proj"):  # no norm stands before them
+            assert (after["alpha"], after["smoothed_in"]) == (None, None)
+        else:
+            assert 0 <= after["alpha"] <= 1
+            assert after["smoothed_in"].endswith("layernorm")
+            assert after["relative_output_error"] < 0.8 * before["relative_output_error"]
+        assert after["method"] == "smoothquant"
+
+
+def test_a_fixed_alpha_is_taken(loud_job: JobFile) -> None:
+    for line in lines_of(loud_job("job", {**SMOOTH, "smoothquant": HALF})):
+        assert line["alpha"] == (0.5 if line["smoothed_in"] else None)
+
+
+def test_gptq_on_smoothed_weights(loud_job: JobFile) -> None:
+    rounded = lines_of(loud_job("rounded", SMOOTH))[:7]
+    solved = lines_of(loud_job("solved", {**SMOOTH, "smoothquant": {"rounding": "gptq"}}))[:7]
+    assert all(line["damping"] == 0.01 for line in solved)
+    assert all(line["damping"] is None for line in rounded)
+    assert [line["alpha"] for line in solved] == [line["alpha"] for line in rounded]
+    total = [sum(line["relative_output_error"] for line in lines) for lines in (rounded, solved)]
+    assert total[1] < total[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [{"match": "*.self_attn.[qkv]_proj", "skip": True}],
+        [{"match": "*.self_attn.[qkv]_proj", "method": "rtn"}],
+    ],
+    ids=["skipped", "rounded"],
+)
+def test_a_norm_with_a_reader_that_is_not_smoothed_stays_as_it_is(
+    loud_job: JobFile, loud_model: Path, overrides: list[dict[str, Any]]
+) -> None:
+    result = run_here(loud_job("job", {**SMOOTH, "overrides": overrides}))
+    source = load_file(loud_model / "model.safetensors")
+    files = (Path(result.store) / "model").glob("block-*.safetensors")
+    tensors = {name: t for file in files for name, t in load_file(file).items()}
+    for index in range(3):
+        kept = f"model.layers.{index}.input_layernorm.weight"
+        changed = f"model.layers.{index}.post_attention_layernorm.weight"
+        assert torch.equal(tensors[kept], source[kept])
+        assert not torch.equal(tensors[changed], source[changed])
+        assert tensors[changed].dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Iterator[dict[str, dict[str, bytes]]]:
+    yield {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "quantization",
+    [STATIC, {**SMOOTH, "smoothquant": {"rounding": "gptq"}}],
+    ids=["static", "gptq"],
+)
+def test_any_number_of_workers_and_any_losses_give_the_same_bytes(
+    loud_job: JobFile,
+    undisturbed: dict[str, dict[str, bytes]],
+    quantization: dict[str, Any],
+    seed: int,
+) -> None:
+    key = str(quantization)
+    if key not in undisturbed:
+        undisturbed[key] = model_bytes(run_here(loud_job("whole", quantization)).store)
+    if seed == 0:
+        store = run_here(loud_job("three", quantization), workers=3).store
+    else:
+        kills = schedule(seed, blocks=3)
+        result = run_job(
+            check(loud_job(f"seed-{seed}", quantization)),
+            lambda plan: KillingExecutor(plan, 2, kills),
+            Observer(),
+        )
+        store = result.store
+    assert model_bytes(store) == undisturbed[key]

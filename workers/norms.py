@@ -1,0 +1,111 @@
+"""Which norms hand their output to one LinearGroup and to nothing else.
+
+Found by running the block on tensors without data: a norm's output must be the very tensor that
+the group's linears are handed, and no operation outside those linears may touch it. How a norm
+uses its weight is found by trying the norm alone, on a few numbers: no class is known by name.
+
+Shape suffixes: T = tokens, I = width of the norm.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quantcore.smoothing import NormRule, fold
+
+_TRIED_TOKENS = 4
+
+
+class NormWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, a forward of the block tells who reads its norms' outputs."""
+
+    def __init__(self, block: nn.Module, readers: list[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._outputs: dict[int, tuple[str, Tensor]] = {}  # by id, which the tensor keeps unique
+        self._touched: set[str] = set()
+        self._inside = 0
+        self._handles = [
+            module.register_forward_hook(self._note(name))
+            for name, module in block.named_modules()
+            if _may_be_norm(module)
+        ]
+        for reader in readers:
+            self._handles.append(reader.register_forward_pre_hook(self._enter))
+            self._handles.append(reader.register_forward_hook(self._leave))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            with self:
+                yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+
+    def norm_of(self, x: Tensor) -> str | None:
+        """The norm whose output a tensor is, if linears alone read it."""
+        name, _ = self._outputs.get(id(x), (None, None))
+        return None if name in self._touched else name
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not self._inside:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and id(leaf) in self._outputs:
+                    self._touched.add(self._outputs[id(leaf)][0])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            if any(known == name for known, _ in self._outputs.values()):  # called twice
+                self._touched.add(name)
+            self._outputs[id(output)] = (name, output)
+
+        return hook
+
+    def _enter(self, *_: Any) -> None:
+        self._inside += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._inside -= 1
+
+
+def norm_rule(norm: nn.Module) -> NormRule | None:
+    """How a norm's output is divided through its weight (and bias); None if it cannot be."""
+    trial: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trial.parameters():
+            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+        weight_I, bias_I = trial.weight.clone(), getattr(trial, "bias", None)
+        bias_I = None if bias_I is None else bias_I.clone()
+        factor_I = 0.5 + torch.rand(weight_I.shape, generator=generator)
+        x_TI = torch.randn(_TRIED_TOKENS, len(weight_I), generator=generator)
+        before_TI = trial(x_TI)
+        rules: tuple[NormRule, ...] = ("scale", "offset")
+        for rule in rules:
+            folded = fold(weight_I, bias_I, factor_I, rule)
+            trial.weight.copy_(folded.weight_I)
+            if folded.bias_I is not None:
+                trial.bias.copy_(folded.bias_I)
+            if torch.allclose(trial(x_TI) * folded.factor_I, before_TI, rtol=1e-4, atol=1e-5):
+                return rule
+    return None
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    """A module with a weight for every channel, perhaps a bias, and nothing else."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    if weight is None or weight.ndim != 1 or any(module.children()) or any(module.buffers()):
+        return False
+    return all(n in ("weight", "bias") and p.shape == weight.shape for n, p in parameters.items())

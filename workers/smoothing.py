@@ -1,0 +1,85 @@
+"""SmoothQuant for one LinearGroup: which factors, and what they make of the norm before it.
+
+Every worker that solves a part of the group comes to the same answer by itself: it is cheap
+beside waiting for another's.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcore.ranges import Ranges
+from quantcore.smoothing import FoldedNorm, Reader, Smoothing, factors, fold, input_scale, search
+from quantcore.tree import Span, total
+from workers.plan import GroupPlan, Norm, Plan
+from workers.sources import ModelSource
+from workers.tasks import FloatArray, InputRanges
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInputs:
+    """The inputs of a group as its linears are served them."""
+
+    ranges: Ranges  # before smoothing
+    alpha: float | None
+    factor_I: Tensor  # float32; ones where nothing is smoothed
+    norm: dict[str, FloatArray]  # the norm's new tensors by name, in values that it can store
+    scale: float | None  # of static activations
+
+
+def whole_ranges(collected: Iterable[InputRanges], chunks: int, device: torch.device) -> Ranges:
+    """All workers' ranges of one LinearGroup."""
+    nodes: dict[Span, Ranges] = {}
+    for part in collected:
+        for span, (low_I, high_I, sample_SI, tokens, dropped) in part.nodes.items():
+            low, high, sample = (torch.tensor(a, device=device) for a in (low_I, high_I, sample_SI))
+            nodes[span] = Ranges(low, high, sample, rows=0, tokens=tokens, dropped=dropped)
+    return total(nodes, chunks)
+
+
+def smooth_group(
+    plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSource, device: torch.device
+) -> GroupInputs:
+    smoothing = Smoothing(None, torch.ones_like(ranges.low_I))
+    norm: dict[str, FloatArray] = {}
+    if group.smoothed is not None:
+        smoothing, norm = _into_norm(plan, group, group.smoothed, ranges, source)
+    scale = None
+    for layer in group.quantized():
+        if layer.scheme is not None and layer.scheme.kind.static:
+            dtype = source.tensors[f"{layer.name}.weight"].dtype
+            scale = input_scale(ranges, smoothing.factor_I, layer.scheme, dtype)
+    return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, scale)
+
+
+def _into_norm(
+    plan: Plan, group: GroupPlan, norm: Norm, ranges: Ranges, source: ModelSource
+) -> tuple[Smoothing, dict[str, FloatArray]]:
+    device = ranges.low_I.device
+    weights = dict(source.read(f"{layer.name}.weight" for layer in group.layers))
+    readers = [
+        Reader(weights[f"{layer.name}.weight"].to(device), layer.scheme)
+        for layer in group.layers
+        if layer.scheme is not None
+    ]
+    stored = {name: tensor.to(device) for name, tensor in source.read(norm.tensors())}
+
+    def folded(factor_I: Tensor) -> FoldedNorm:
+        bias_I = stored.get(f"{norm.name}.bias")
+        return fold(stored[f"{norm.name}.weight"], bias_I, factor_I, norm.rule)
+
+    alphas = plan.smoothquant.alphas
+    if len(alphas) == 1:
+        factor_I = factors(ranges, readers, alphas[0])
+        chosen = Smoothing(alphas[0], folded(factor_I).factor_I)
+    else:
+        chosen = search(ranges, readers, alphas, lambda wanted_I: folded(wanted_I).factor_I)
+    if chosen.alpha is None:
+        return chosen, {}
+    became = folded(factors(ranges, readers, chosen.alpha))
+    new = {f"{norm.name}.weight": became.weight_I}
+    if became.bias_I is not None:
+        new[f"{norm.name}.bias"] = became.bias_I
+    return chosen, {name: tensor.float().cpu().numpy() for name, tensor in new.items()}
