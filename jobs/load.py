@@ -96,11 +96,19 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     def absolute(path: Path | None) -> Path | None:
         return None if path is None else (base / _expanded(path)).resolve()
 
+    def place(url: str) -> str:
+        return url if url.startswith("s3://") else str(absolute(Path(url.removeprefix("file://"))))
+
     changes: dict[str, Any] = {
         "model": spec.model.model_copy(update={"path": absolute(spec.model.path)})
     }
     if spec.calibration is not None:
-        texts = {"text": absolute(spec.calibration.text), "jsonl": absolute(spec.calibration.jsonl)}
+        texts: dict[str, Any] = {
+            "text": absolute(spec.calibration.text),
+            "jsonl": absolute(spec.calibration.jsonl),
+        }
+        if spec.calibration.statistics is not None:
+            texts["statistics"] = place(spec.calibration.statistics)
         changes["calibration"] = spec.calibration.model_copy(update=texts)
     if spec.evaluation is not None:
         files = {
@@ -108,9 +116,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
             "task_folder": absolute(spec.evaluation.task_folder),
         }
         changes["evaluation"] = spec.evaluation.model_copy(update=files)
-    if not spec.output.store.startswith("s3://"):
-        folder = absolute(Path(spec.output.store.removeprefix("file://")))
-        changes["output"] = spec.output.model_copy(update={"store": str(folder)})
+    changes["output"] = spec.output.model_copy(update={"store": place(spec.output.store)})
     return spec.model_copy(update=changes)
 
 

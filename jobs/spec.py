@@ -167,11 +167,22 @@ class CalibrationSpec(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
     max_characters: Annotated[int, Field(gt=0)] = 4_000_000  # of the text that is read at all
     shards: Annotated[int, Field(gt=0)] = 1  # runs of blocks calibrated at once; 1 is the paper's
+    keep_statistics: bool = False  # Hessians and ranges in the store, for later jobs
+    statistics: StoreUrl | None = None  # STORE/NAME of a job that kept them, instead of texts
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.text is None) == (self.jsonl is None):
-            raise ValueError("name one source of texts: write either text or jsonl")
+        named = [self.text, self.jsonl, self.statistics]
+        if sum(source is not None for source in named) != 1:
+            raise ValueError(
+                "name one source of texts: write either text or jsonl, or a job's statistics"
+            )
+        if self.statistics is not None and self != CalibrationSpec.model_construct(
+            statistics=self.statistics
+        ):
+            raise ValueError(
+                "statistics were made from the texts of their own job: drop the other keys"
+            )
         return self
 
 

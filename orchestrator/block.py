@@ -1,7 +1,7 @@
 """One block on its way from collected moments to its published file.
 
     collect (every chunk once) -> reduce (wide groups, by row bands) -> solve (by row tiles)
-        -> publish
+        -> save (statistics, where they are to be kept) -> publish
 
 Results stay where they were made until the block is published, so that whatever is lost on the
 way is made again from what is not.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.scheduler import Assignment, Part
 from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
-from workers.tasks import Collect, Publish, Reduce, Round, Solve, Task
+from workers.tasks import Collect, Publish, Reduce, Round, Save, Solve, Task
 
 BAND_BYTES = 32 * 2**20  # Hessians from here on are reduced in bands, one for each worker
 MOST_BAND_BYTES = 256 * 2**20
@@ -43,6 +43,7 @@ class BlockWork:
     collects: list[Step] = field(default_factory=list)
     reduces: dict[tuple[int, int], Step] = field(default_factory=dict)  # by group and band
     solves: list[Step] = field(default_factory=list)
+    saves: list[Step] = field(default_factory=list)
     publish: Step = field(init=False)
     _bands: tuple[int, ...] = ()
     _ranged: list[int] = field(default_factory=list)  # the groups whose ranges are wanted
@@ -57,7 +58,7 @@ class BlockWork:
         self._bands = tuple(
             band_count(g.in_features, self.hands) if self.plan.summed(g) else 0 for g in groups
         )
-        self._ranged = [number for number, group in enumerate(groups) if group.ranged]
+        self._ranged = [number for number, group in enumerate(groups) if self.plan.ranged(group)]
         for number, group in enumerate(groups):
             if self._bands[number] > 1:
                 for band in range(self._bands[number]):
@@ -65,11 +66,13 @@ class BlockWork:
             for tiles in _pieces(self.plan, group, self.hands):
                 cost = _solve_cost(self.plan, group, len(tiles))
                 self.solves.append(Step(Solve(self.index, number, tiles), cost))
+            if self.plan.keeps_statistics:
+                self.saves.append(Step(Save(self.index, number)))
         self.solves.sort(key=lambda step: -step.cost)
 
     @property
     def calibrated(self) -> bool:
-        return any(group.quantized() for group in self.plan.blocks[self.index].groups)
+        return self.plan.calibrates(self.index)
 
     @property
     def published(self) -> bool:
@@ -77,7 +80,7 @@ class BlockWork:
 
     def uncollected(self, chunks: Iterable[int]) -> tuple[int, ...]:
         """Those of the chunks whose moments are still asked for."""
-        if not any(self._reads_collected(step) for step in self.solves if step.done is None):
+        if not any(self._reads_collected(step) for step in self._readers() if step.done is None):
             return ()
         taken = {chunk for step in self.collects for chunk in _chunks(step)}
         return tuple(chunk for chunk in chunks if chunk not in taken)
@@ -89,14 +92,14 @@ class BlockWork:
 
     def offer(self) -> Assignment | None:
         """What anyone could do now, the dearest first: the others wait for it."""
-        if all(step.done is not None for step in self.solves):
+        if all(step.done is not None for step in self._readers()):
             solved = [(_done(step), 0) for step in self.solves]
             return self._start(self.publish, solved) if self.publish.waiting else None
-        for step in self.solves:
+        for step in self._readers():
             if not step.waiting:
                 continue
             if (inputs := self._statistics(step)) is not None:
-                return self._start(step, inputs, parts=1)
+                return self._start(step, inputs, parts=isinstance(step.task, Solve))
             if (assignment := self._reduce(step)) is not None:
                 return assignment
         return None
@@ -130,14 +133,18 @@ class BlockWork:
                 self.collects.remove(step)
         return released
 
-    def _statistics(self, solve: Step) -> list[Part] | None:
+    def _readers(self) -> list[Step]:
+        """What reads a group's statistics."""
+        return [*self.solves, *self.saves]
+
+    def _statistics(self, reader: Step) -> list[Part] | None:
         """The parts that tell of a group's inputs; None while they are not all there."""
-        if self._reads_collected(solve) and not self._collected():
+        if self._reads_collected(reader) and not self._collected():
             return None
-        if self._bands_of(solve) and not self._reduced(solve):
+        if self._bands_of(reader) and not self._reduced(reader):
             return None
-        parts = [(_done(step), 0) for step in self._bands_of(solve)]
-        number = _group(solve)
+        parts = [(_done(step), 0) for step in self._bands_of(reader)]
+        number = _group(reader)
         if self._bands[number] == 1:
             first = sum(self._bands[:number])
             parts += [(_done(step), first) for step in self.collects]
@@ -146,25 +153,25 @@ class BlockWork:
             parts += [(_done(step), place) for step in self.collects]
         return parts
 
-    def _reads_collected(self, solve: Step) -> bool:
+    def _reads_collected(self, reader: Step) -> bool:
         """Whether anything of what was collected is still to be read for it."""
-        return _group(solve) in self._ranged or not self._reduced(solve)
+        return _group(reader) in self._ranged or not self._reduced(reader)
 
-    def _reduce(self, solve: Step) -> Assignment | None:
+    def _reduce(self, reader: Step) -> Assignment | None:
         """One row band of a group's Hessian, if there is one to do."""
-        step = next((step for step in self._bands_of(solve) if step.waiting), None)
+        step = next((step for step in self._bands_of(reader) if step.waiting), None)
         if step is None or not self._collected():
             return None
         assert isinstance(step.task, Reduce)
         part = sum(self._bands[: step.task.group]) + step.task.band
         return self._start(step, [(_done(c), part) for c in self.collects], parts=1)
 
-    def _bands_of(self, solve: Step) -> list[Step]:
-        group = _group(solve)
+    def _bands_of(self, reader: Step) -> list[Step]:
+        group = _group(reader)
         return [step for (number, _), step in self.reduces.items() if number == group]
 
-    def _reduced(self, solve: Step) -> bool:
-        bands = self._bands_of(solve)
+    def _reduced(self, reader: Step) -> bool:
+        bands = self._bands_of(reader)
         return bool(bands) and all(step.done is not None for step in bands)
 
     def _collected(self) -> bool:
@@ -181,10 +188,10 @@ class BlockWork:
         return next(step for step in self._all() if step.running == assignment)
 
     def _all(self) -> Iterable[Step]:
-        return [*self.collects, *self.reduces.values(), *self.solves, self.publish]
+        return [*self._steps(), *self.saves, self.publish]
 
     def _steps(self) -> Iterable[Step]:
-        """Those whose results have parts; a published block has no way back."""
+        """Those whose results have parts; what is in the store has no way back."""
         return [*self.collects, *self.reduces.values(), *self.solves]
 
 
@@ -201,9 +208,9 @@ def _chunks(step: Step) -> tuple[int, ...]:
     return step.task.chunks
 
 
-def _group(solve: Step) -> int:
-    assert isinstance(solve.task, Solve)
-    return solve.task.group
+def _group(reader: Step) -> int:
+    assert isinstance(reader.task, Solve | Save)
+    return reader.task.group
 
 
 def _done(step: Step) -> str:
@@ -213,15 +220,11 @@ def _done(step: Step) -> str:
 
 def _pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, int], ...]]:
     """A group's row tiles in at most one piece per hand; each hand factors H for itself."""
-    tiles = [
-        (stack, tile)
-        for stack, layers in enumerate(group.stacks())
-        for tile in range(len(plan.row_tiles(layers)))
-    ]
+    tiles = plan.tiles(group)
     # without a solve there is little to share: a choice of smoothing is made once for each piece
     pieces = min(hands if plan.summed(group) else 1, len(tiles))
     cuts = [piece * len(tiles) // pieces for piece in range(pieces + 1)] if pieces else []
-    return [tuple(tiles[a:b]) for a, b in itertools.pairwise(cuts)]
+    return [tiles[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:

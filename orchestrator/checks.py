@@ -16,10 +16,12 @@ from jobs.spec import JobSpec
 from orchestrator.admission import worker_bytes
 from orchestrator.machines import choose, unshared, worker_count
 from orchestrator.planning import make_plan, plan_layers
+from orchestrator.statistics import Statistics, read_index
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
 from workers.evaluate import read_text, unknown_tasks
+from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
 from workers.plan import Plan
 from workers.sources import ModelSource, open_source
@@ -40,6 +42,7 @@ class Prepared:
     workers: int
     worker_memory: dict[str, int]  # predicted bytes by part
     tokens_digest: str | None  # of the calibration's token ids
+    statistics: Statistics | None = None  # that stand for texts
 
 
 class _Findings:
@@ -114,6 +117,7 @@ def prepare(
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
     windows = _calibration(spec, source, architecture, findings)
+    statistics = _statistics(spec, architecture, findings)
     _evaluation(spec, findings)
     if touch_store:
         conditional = spec.output.conditional_writes
@@ -131,7 +135,8 @@ def prepare(
         blocks, head, layer_faults = plan_layers(spec, architecture)
         findings.add(*layer_faults)
         if chosen:
-            plan = make_plan(spec, blocks, head, chosen.kind, windows)
+            records = statistics.records if statistics else ()
+            plan = make_plan(spec, blocks, head, chosen.kind, windows, records)
             memory = worker_bytes(spec, plan, architecture, source)
             workers, count_faults = worker_count(spec, plan, chosen, sum(memory.values()))
             findings.add(*count_faults)
@@ -147,12 +152,16 @@ def prepare(
         workers=workers,
         worker_memory=memory,
         tokens_digest=None if windows is None else digest(windows),
+        statistics=statistics,
     )
 
 
 def _local_paths(spec: JobSpec) -> dict[str, str]:
     """The paths that workers read, each with its field; of texts they are given what they need."""
     places = {str(spec.model.path): "model.path"}
+    kept = spec.calibration.statistics if spec.calibration else None
+    if kept is not None and not kept.startswith("s3://"):
+        places[f"{kept}/{STATISTICS_INDEX}"] = "calibration.statistics"
     if spec.evaluation is not None and spec.evaluation.task_folder is not None:
         places[str(spec.evaluation.task_folder)] = "evaluation.task_folder"
     return places
@@ -187,7 +196,7 @@ def _calibration(
 ) -> Tensor | None:
     """The calibration's token ids: workers are given them, and need not see the texts."""
     calibration = spec.calibration
-    if calibration is None:
+    if calibration is None or calibration.statistics is not None:
         return None
     file, field = calibration.text, "calibration.text"
     if file is None:
@@ -210,6 +219,17 @@ def _calibration(
     if tokenizer is None:
         return None
     return findings.attempt(field, lambda: token_windows(calibration, tokenizer))
+
+
+def _statistics(
+    spec: JobSpec, architecture: Architecture | None, findings: _Findings
+) -> Statistics | None:
+    if spec.calibration is None or spec.calibration.statistics is None or architecture is None:
+        return None
+    url = spec.calibration.statistics
+    return findings.attempt(
+        "calibration.statistics", lambda: read_index(open_store(url), architecture)
+    )
 
 
 def _evaluation(spec: JobSpec, findings: _Findings) -> None:

@@ -30,6 +30,7 @@ from orchestrator.loop import Observer, Summaries, Timings, execute
 from orchestrator.merge import commit, write_model
 from orchestrator.report import make_report
 from orchestrator.scheduler import Work
+from orchestrator.statistics import refuse_other_model, write_index
 from orchestrator.works import quantization_works, survey_tasks
 from quantcore.errors import LeaseError, QuantfleetError
 from workers.evaluate import read_text
@@ -86,6 +87,8 @@ def run_job(
         driver.timings.of_phase("start", driver.timings.started)
         observer.note("workers started", present=len(executor.present()))
         content = with_content(known, driver.survey(executor))
+        if prepared.statistics is not None:
+            refuse_other_model(prepared.statistics, content)
         if previous is not None:
             refuse_difference(store, previous["identity"], content)
         lease = take(store, beat, left, waiting)  # only now: a model that is refused leaves nothing
@@ -132,6 +135,8 @@ class _Driver:
 
         records = [read_record(store, key) for key in [*keys, OUTSIDE]]
         lease.check()
+        if plan.keeps_statistics:
+            write_index(store, plan, content["model (content)"], _origin(prepared))
         files = write_model(store, prepared, records)
         metrics = self._evaluate(executor, lease)
         report = make_report(prepared, records, metrics, self.timings.phases, self.timings.tasks)
@@ -180,6 +185,20 @@ def chunk_bytes(prepared: Prepared) -> int:
         return 0
     tokens = plan.calibration.sequences * plan.calibration.length // plan.contract.chunks
     return tokens * prepared.architecture.hidden_size * plan.torch_dtype.itemsize
+
+
+def _origin(prepared: Prepared) -> dict[str, Any]:
+    """Whence a job's statistics come: its blocks' inputs have passed its own quantized blocks."""
+    spec, plan = prepared.spec, prepared.plan
+    assert spec.calibration is not None
+    return {
+        "job": spec.name,
+        "quantization": spec.quantization.model_dump(mode="json"),
+        "sequences": spec.calibration.sequences,
+        "length": spec.calibration.length,
+        "token_ids": prepared.tokens_digest,
+        "kind": plan.contract.kind,
+    }
 
 
 def finished_keys(store: Store, keys: Sequence[str]) -> set[str]:

@@ -38,6 +38,7 @@ def identity(prepared: Prepared) -> Identity:
         "calibration.length": calibration.length if calibration else None,
         "calibration.shards": calibration.shards if calibration else None,
         "calibration (token ids)": prepared.tokens_digest,
+        "calibration.statistics": prepared.statistics.digest if prepared.statistics else None,
         "workers.threads": threads,
         "output.format": spec.output.format,
         **_flat("contract", contract),

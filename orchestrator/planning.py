@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ def make_plan(
     head: LayerPlan | None,
     kind: dict[str, str],
     tokens: Tensor | None = None,
+    statistics: tuple[dict[str, Any], ...] = (),
 ) -> Plan:
     """Fix everything that bits depend on. Nothing here may depend on the number of workers."""
     micro_batch, chunks = 1, 1
@@ -107,6 +109,7 @@ def make_plan(
         calibration=spec.calibration,
         shards=spec.calibration.shards if spec.calibration else 1,
         tokens=None if tokens is None else tokens.to(torch.int32).numpy(),
+        statistics=statistics,
         conditional_writes=spec.output.conditional_writes,
         contract=Contract(
             kind=kind,

@@ -19,6 +19,7 @@ def make_report(
     return {
         "version": VERSION,
         "plan": describe(prepared),
+        "statistics": prepared.statistics.origin if prepared.statistics else None,
         "layers": layers,
         "fallbacks": [line["layer"] for line in layers if line["fallback"]],
         "raised_damping": [

@@ -13,7 +13,7 @@ from orchestrator.scheduler import Work
 from orchestrator.shards import Shards
 from workers.layout import OUTSIDE, block_key
 from workers.plan import Plan
-from workers.tasks import CopyOutside, Round, Survey, Task
+from workers.tasks import CopyOutside, Quantize, Round, Survey, Task
 
 
 def survey_tasks(tensors: Mapping[str, int], workers: int) -> dict[str, Task]:
@@ -47,9 +47,11 @@ def quantization_works(
     """
     blocks = range(len(plan.blocks))
     outside = Bag({} if OUTSIDE in done else {"outside": CopyOutside(epoch)})
+    left = [block for block in blocks if block_key(block) not in done]
     if plan.calibration is None:
-        left = (block for block in blocks if block_key(block) not in done)
         return [Bag({f"round/{block}": Round(block, epoch) for block in left}), outside]
+    if plan.statistics:
+        return [Bag({f"quantize/{block}": Quantize(block, epoch) for block in left}), outside]
     finished = {block for block in blocks if block_key(block) in done}
     shards: list[Shard] = []
     for first, last in plan.shard_ranges():

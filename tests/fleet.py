@@ -166,7 +166,7 @@ class Fleet:
             case Collect(block, chunks, bands):
                 assert block == self._next_block(block)
                 assert all(worker.held[chunk] == block for chunk in chunks)
-                ranged = sum(group.ranged for group in self.plan.blocks[block].groups)
+                ranged = sum(map(self.plan.ranged, self.plan.blocks[block].groups))
                 assert assignment.parts == sum(bands) + ranged
                 return Counter((block, chunk) for chunk in chunks)
             case Reduce(block):
@@ -203,7 +203,7 @@ class Fleet:
         for covers in collected.values():
             self._all_chunks(block, covers)
         sums = self.plan.summed(group) and not reduced
-        assert len(collected) == sums + group.ranged
+        assert len(collected) == sums + self.plan.ranged(group)
 
     def _publish(self, block: int) -> None:
         if self.plan.calibration is not None:

@@ -34,7 +34,7 @@ class Collector:
         for number, group in enumerate(groups):
             if plan.summed(group):
                 self._sums[number] = moment_tree(chunks, group.in_features, device)
-            if group.ranged:
+            if plan.ranged(group):
                 rows = plan.sample_rows()
                 self._ranges[number] = range_tree(chunks, group.in_features, rows, device)
         modules = {prefix + name: module for name, module in linears_of(block)}

@@ -12,6 +12,8 @@ CALIBRATION = "ledger/calibration.jsonl"  # the token ids, a row for each sequen
 EVALUATION = "ledger/evaluation.txt"  # the part of the text that is measured
 KEPT = "activations"
 OUTSIDE = "outside"
+STATISTICS = "statistics"
+STATISTICS_INDEX = f"{STATISTICS}/index.json"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"
 MODEL = "model"
@@ -52,6 +54,14 @@ def record_name(key: str) -> str:
 def block_file(key: str, sha256: str) -> str:
     """Block files carry their content's hash: who writes the same bytes writes the same file."""
     return f"{MODEL}/{key}.{sha256[:16]}.safetensors"
+
+
+def statistics_file(block: int, group: int, sha256: str) -> str:
+    return f"{STATISTICS}/{block:05d}.{group}.{sha256[:16]}.safetensors"
+
+
+def statistics_record(block: int, group: int) -> str:
+    return f"ledger/{STATISTICS}-{block:05d}.{group}.json"
 
 
 def dump(value: Any) -> bytes:

@@ -60,11 +60,6 @@ class GroupPlan:
     smoothed: Norm | None = None  # SmoothQuant's factors go into this norm; None: no smoothing
 
     @property
-    def ranged(self) -> bool:
-        """Whether the ranges of its inputs are needed, and a sample: activations are rounded."""
-        return any(layer.scheme.kind.activation_bits for layer in self.quantized() if layer.scheme)
-
-    @property
     def in_features(self) -> int:
         return self.layers[0].in_features
 
@@ -130,6 +125,7 @@ class Plan:
     calibration: CalibrationSpec | None
     contract: Contract
     tokens: npt.NDArray[np.int32] | None = None  # (sequences, length): the calibration's token ids
+    statistics: tuple[dict[str, Any], ...] = ()  # what a job kept of each LinearGroup, in order
     shards: int = 1  # runs of blocks that are calibrated at once
     conditional_writes: bool = True  # of the store
 
@@ -150,11 +146,24 @@ class Plan:
         assert layer.method is not None
         return self.smoothquant.rounding if layer.method == "smoothquant" else layer.method
 
+    def ranged(self, group: GroupPlan) -> bool:
+        """Whether the ranges of a group's inputs are needed, and a sample of them."""
+        schemes = (layer.scheme for layer in group.quantized())
+        return self.keeps_statistics or any(s.kind.activation_bits for s in schemes if s)
+
     def summed(self, group: GroupPlan) -> bool:
         """Whether a group's Hessian is needed: to solve with, or else to tell the error by."""
         quantized = group.quantized()
         solved = any(self.rounding(layer) == "gptq" for layer in quantized)
-        return bool(quantized) and (solved or not group.ranged)
+        return self.keeps_statistics or (bool(quantized) and (solved or not self.ranged(group)))
+
+    @property
+    def keeps_statistics(self) -> bool:
+        return self.calibration is not None and self.calibration.keep_statistics
+
+    def calibrates(self, block: int) -> bool:
+        """Whether calibration sequences are run through a block for what they tell of it."""
+        return any(self.summed(g) or self.ranged(g) for g in self.blocks[block].groups)
 
     def shard_ranges(self) -> list[tuple[int, int]]:
         """Blocks [first, last) of each shard, as even as whole numbers allow."""
@@ -177,6 +186,14 @@ class Plan:
     def sample_rows(self) -> int:
         """Tokens of each micro-batch that are kept as a sample of a group's inputs."""
         return max(1, SAMPLE_TOKENS // self.micro_batches())
+
+    def tiles(self, group: GroupPlan) -> tuple[tuple[int, int], ...]:
+        """Every row tile of a group, as (stack, tile)."""
+        return tuple(
+            (number, tile)
+            for number, stack in enumerate(group.stacks())
+            for tile in range(len(self.row_tiles(stack)))
+        )
 
     def row_tiles(self, stack: list[LayerPlan]) -> list[tuple[int, int]]:
         """The rows of a stack, cut at the contract's height."""

@@ -4,7 +4,6 @@ Every worker that solves a part of the group comes to the same answer by itself:
 beside waiting for another's.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from quantcore.ranges import Ranges
 from quantcore.smoothing import FoldedNorm, Reader, Smoothing, factors, fold, input_scale, search
-from quantcore.tree import Span, total
 from workers.plan import GroupPlan, Norm, Plan
 from workers.sources import ModelSource
-from workers.tasks import FloatArray, InputRanges
+from workers.tasks import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +27,7 @@ class GroupInputs:
     scale: float | None  # of static activations
 
 
-def whole_ranges(collected: Iterable[InputRanges], chunks: int, device: torch.device) -> Ranges:
-    """All workers' ranges of one LinearGroup."""
-    nodes: dict[Span, Ranges] = {}
-    for part in collected:
-        for span, (low_I, high_I, sample_SI, tokens, dropped) in part.nodes.items():
-            low, high, sample = (torch.tensor(a, device=device) for a in (low_I, high_I, sample_SI))
-            nodes[span] = Ranges(low, high, sample, rows=0, tokens=tokens, dropped=dropped)
-    return total(nodes, chunks)
-
-
-def smooth_group(
-    plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSource, device: torch.device
-) -> GroupInputs:
+def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSource) -> GroupInputs:
     smoothing = Smoothing(None, torch.ones_like(ranges.low_I))
     norm: dict[str, FloatArray] = {}
     if group.smoothed is not None:

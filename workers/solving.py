@@ -4,7 +4,6 @@ A fallback is decided here and written down here: a Hessian that no damping make
 plain rounding for its linears, and the report says so.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +14,12 @@ from quantcore.activations import fake_quantize
 from quantcore.affine import Qparams, choose_qparams, dequantize, quantize, search_qparams
 from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
-from quantcore.moments import Moments
 from quantcore.schemes import Scheme
-from quantcore.tree import Span, total
 from workers.plan import LayerPlan, Plan
-from workers.smoothing import GroupInputs, smooth_group, whole_ranges
+from workers.smoothing import GroupInputs, smooth_group
 from workers.sources import ModelSource
-from workers.tasks import BandMoments, InputRanges, Solve, SolvedGroup, SolvedTile
-
-
-def reduce_band(collected: Iterable[BandMoments], chunks: int) -> BandMoments:
-    """All workers' sums for one row band, added up along the fixed tree."""
-    bands = list(collected)
-    moments = total(_nodes(bands, torch.device("cpu")), chunks)
-    whole = (moments.sum_II.numpy(), moments.tokens, moments.dropped)
-    return BandMoments(bands[0].first_row, {(0, chunks): whole})
+from workers.statistics import GroupStatistics
+from workers.tasks import Solve, SolvedGroup, SolvedTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +34,12 @@ class _Known:
 def solve_group(
     plan: Plan,
     task: Solve,
-    collected: Iterable[BandMoments | InputRanges],
+    statistics: GroupStatistics,
     source: ModelSource,
     device: torch.device,
 ) -> SolvedGroup:
-    known, facts = _learn(plan, task, list(collected), source, device)
+    """Quantize some row tiles, from statistics that are on the device."""
+    known, facts = _learn(plan, task, statistics, source)
     stacks = plan.blocks[task.block].groups[task.group].stacks()
     tiles = []
     for number in sorted({stack for stack, _ in task.tiles}):
@@ -66,25 +57,20 @@ def solve_group(
 
 
 def _learn(
-    plan: Plan,
-    task: Solve,
-    collected: list[BandMoments | InputRanges],
-    source: ModelSource,
-    device: torch.device,
+    plan: Plan, task: Solve, statistics: GroupStatistics, source: ModelSource
 ) -> tuple[_Known, dict[str, Any]]:
-    """Finish the statistics, choose the smoothing, factor the Hessian; and facts for the report."""
-    group, chunks = plan.blocks[task.block].groups[task.group], plan.contract.chunks
+    """Choose the smoothing and factor the Hessian; and facts for the report."""
+    group = plan.blocks[task.block].groups[task.group]
+    moments, ranges = statistics.moments, statistics.ranges
     facts: dict[str, Any] = {}
     inputs, h_II, factor = None, None, None
-    if group.ranged:
-        ranges = whole_ranges((p for p in collected if isinstance(p, InputRanges)), chunks, device)
-        inputs = smooth_group(plan, group, ranges, source, device)
+    if ranges is not None:
+        inputs = smooth_group(plan, group, ranges, source)
         facts |= {"tokens": ranges.tokens, "dropped": ranges.dropped}
         facts["silent_inputs"] = int((ranges.largest() == 0).sum().item())
         facts["alpha"] = inputs.alpha
         facts["smoothed_in"] = group.smoothed.name if group.smoothed and inputs.norm else None
-    if plan.summed(group):
-        moments = _whole((p for p in collected if isinstance(p, BandMoments)), chunks, device)
+    if moments is not None:
         h_II = moments.mean()
         facts |= {"tokens": moments.tokens, "dropped": moments.dropped}
         facts["silent_inputs"] = int((h_II.diagonal() == 0).sum().item())
@@ -98,28 +84,6 @@ def _learn(
             except SolveError as error:
                 facts["fallback"] = f"rtn: {error}"
     return _Known(h_II, inputs, factor), facts
-
-
-def _whole(collected: Iterable[BandMoments], chunks: int, device: torch.device) -> Moments:
-    """One LinearGroup's moments, from bands that are reduced or are still everyone's own."""
-    by_row: dict[int, list[BandMoments]] = {}
-    for part in collected:
-        by_row.setdefault(part.first_row, []).append(part)
-    bands = {row: total(_nodes(parts, device), chunks) for row, parts in by_row.items()}
-    width = max(band.sum_II.shape[1] for band in bands.values())
-    sum_II = torch.zeros(width, width, device=device)
-    for row, band in bands.items():
-        rows, columns = band.sum_II.shape
-        sum_II[row : row + rows, :columns] = band.sum_II
-    return Moments(sum_II, bands[0].tokens, bands[0].dropped)
-
-
-def _nodes(parts: Iterable[BandMoments], device: torch.device) -> dict[Span, Moments]:
-    return {
-        span: Moments(torch.tensor(sum_RI, device=device), tokens, dropped)
-        for part in parts
-        for span, (sum_RI, tokens, dropped) in part.nodes.items()
-    }
 
 
 def stacked_weights(stack: list[LayerPlan], source: ModelSource) -> Tensor:
@@ -157,10 +121,11 @@ def _errors(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of each row's output, and the squared output itself, float64.
 
-    On the sampled tokens where there are some, with activations rounded as while serving; else
-    as a mean over all tokens, from the Hessian: w H w^T.
+    On the sampled tokens, with activations rounded as while serving, if the scheme rounds them;
+    else as a mean over all tokens, from the Hessian: w H w^T.
     """
-    if known.inputs is not None:
+    if scheme.kind.activation_bits is not None:
+        assert known.inputs is not None
         x_SI = known.inputs.ranges.sample_SI / known.inputs.factor_I
         y_SO = x_SI @ w_OI.t()
         served_SI = fake_quantize(x_SI, scheme, known.inputs.scale if scheme.kind.static else None)

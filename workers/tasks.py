@@ -105,6 +105,14 @@ class Solve:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Write one LinearGroup's statistics to the store, from all workers' sums and ranges for it."""
+
+    block: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
     """Put a solved block together and publish it."""
 
@@ -142,6 +150,14 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantize:
+    """Quantize a block from statistics that a job kept, and publish it."""
+
+    block: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class CopyOutside:
     """Publish what belongs to no block: embeddings, final norm, output head."""
 
@@ -169,10 +185,12 @@ Task = (
     | Collect
     | Reduce
     | Solve
+    | Save
     | Publish
     | Advance
     | Boundary
     | Round
+    | Quantize
     | CopyOutside
     | Evaluate
 )

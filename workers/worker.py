@@ -18,8 +18,9 @@ from workers.kind import make_repeatable
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
 from workers.plan import Plan
 from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
-from workers.solving import reduce_band, solve_group
+from workers.solving import solve_group
 from workers.sources import open_source
+from workers.statistics import GroupStatistics, keep, load, reduce_band, whole
 from workers.store import STORE_PATIENCE_S, open_store
 from workers.survey import survey
 from workers.tasks import (
@@ -35,8 +36,10 @@ from workers.tasks import (
     Load,
     Outcome,
     Publish,
+    Quantize,
     Reduce,
     Round,
+    Save,
     Solve,
     SolvedGroup,
     Survey,
@@ -121,8 +124,15 @@ class Worker:
             case Reduce():
                 return Outcome({}, (reduce_band(inputs, self._plan.contract.chunks),))
             case Solve():
-                solved = solve_group(self._plan, task, inputs, self._source, self._device)
-                return Outcome({}, (solved,))
+                known = whole(inputs, self._plan.contract.chunks, self._device)
+                return Outcome(
+                    {}, (solve_group(self._plan, task, known, self._source, self._device),)
+                )
+            case Save(block, number):
+                known = whole(inputs, self._plan.contract.chunks, torch.device("cpu"))
+                group = self._plan.blocks[block].groups[number]
+                keep(self._store, block, number, group, known)
+                return Outcome()
             case Publish():
                 return self._publish(task, inputs)
             case Advance():
@@ -133,6 +143,8 @@ class Worker:
                 layers = list(self._plan.blocks[block].quantized())
                 encoded = encode_rounded(self._plan, layers, self._source)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
+            case Quantize():
+                return self._quantize(task)
             case CopyOutside(epoch):
                 head = [self._plan.head] if self._plan.head else []
                 encoded = encode_rounded(self._plan, head, self._source)
@@ -150,6 +162,27 @@ class Worker:
     def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
         groups = self._plan.blocks[task.block].groups
         encoded = encode_solved(self._plan, groups, solved, self._source)
+        names = self._model.block_tensors(task.block)
+        return self._put(task.epoch, block_key(task.block), encoded, names)
+
+    def _quantize(self, task: Quantize) -> Outcome:
+        plan = self._plan
+        assert plan.calibration is not None and plan.calibration.statistics is not None
+        kept = open_store(plan.calibration.statistics, patience_s=STORE_PATIENCE_S)
+        groups = plan.blocks[task.block].groups
+        first = sum(len(block.groups) for block in plan.blocks[: task.block])
+        solved = []
+        for number, group in enumerate(groups):
+            if not group.quantized():
+                continue
+            known = load(kept, plan.statistics[first + number], self._device)
+            known = GroupStatistics(
+                known.moments if plan.summed(group) else None,
+                known.ranges if plan.ranged(group) else None,
+            )
+            whole_group = Solve(task.block, number, plan.tiles(group))
+            solved.append(solve_group(plan, whole_group, known, self._source, self._device))
+        encoded = encode_solved(plan, groups, solved, self._source)
         names = self._model.block_tensors(task.block)
         return self._put(task.epoch, block_key(task.block), encoded, names)
 
