@@ -8,17 +8,16 @@ references; the driver passes them on and never looks inside.
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.executors import Arrival, Loss, News, Progress, Result, unheard
+from orchestrator.patience import Judge, OwnTime, Patience
 from orchestrator.ray_cluster import first_line
 from orchestrator.ray_worker import RayWorker
 from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
 from workers.plan import Plan
-
-_PULSE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +32,25 @@ class Wanted:
     start_timeout_s: float = 180.0  # for the first one, or for all
     settle_s: float = 20.0  # that the others are waited for once the first is there
     absence_s: float = 600.0  # without any worker until the job is given up
+    patience: Patience = field(default_factory=Patience)
 
 
 @dataclass(slots=True)
 class _Member:
     actor: Any
     watch: Any  # a reference that becomes an error when the actor dies
-    node: str = ""
+    node: str
+    pulse: Any = None  # asked for, and not answered yet
+    asked: float = 0.0  # when it was asked for last
+    asked_at: str = ""  # which assignment
+
+
+@dataclass(slots=True)
+class _Running:
+    worker: int
+    assignment: Assignment
+    start: float  # as the clock has it
+    since: float  # in our own time
 
 
 class RayExecutor:
@@ -53,9 +64,10 @@ class RayExecutor:
         self._starting: dict[Any, tuple[int, Any]] = {}  # by the reference to their start
         self._hired = 0
         self._refs: dict[str, list[Any]] = {}
-        self._running: dict[Any, tuple[int, Assignment, float]] = {}
-        self._pulses: dict[Any, str] = {}  # asked, and of which assignment
-        self._asked = time.monotonic()
+        self._running: dict[Any, _Running] = {}
+        self._judge = Judge(plan, wanted.patience)
+        self._time = OwnTime()
+        self._looked = 0.0  # for workers that hang
         self._refusals: list[str] = []
         self._ray = ray
         try:
@@ -74,7 +86,7 @@ class RayExecutor:
         first, *parts = refs if assignment.parts else [refs]
         if parts:
             self._refs[assignment.id] = parts
-        self._running[first] = (worker, assignment, time.perf_counter())
+        self._running[first] = _Running(worker, assignment, time.perf_counter(), self._time.now())
 
     def next_news(self) -> News:
         absent_since = time.monotonic()
@@ -87,6 +99,8 @@ class RayExecutor:
             # in short waits, so that an interrupt is heard
             done, _ = self._ray.wait(waited, num_returns=1, timeout=0.5)
             self._take_pulses()
+            if (hung := self._hung(done)) is not None:
+                return self._lose(*hung)
             for ref in done:
                 if ref in watches:
                     return self._lose(watches[ref], self._why(ref))
@@ -177,8 +191,9 @@ class RayExecutor:
         return number
 
     def _end(self, ref: Any) -> News:
-        worker, assignment, start = self._running[ref]
-        seconds = time.perf_counter() - start
+        running = self._running[ref]
+        worker, assignment = running.worker, running.assignment
+        seconds = time.perf_counter() - running.start
         try:
             summary = self._ray.get(ref)
         except self._ray.exceptions.RayActorError:
@@ -195,6 +210,7 @@ class RayExecutor:
             lost = ResourceError(f"{assignment.id} did not get its inputs from {missing}")
             return Result(assignment.id, worker, seconds, error=lost, missing=missing)
         if "failure" not in summary:
+            self._judge.finished(assignment, seconds)
             return Result(assignment.id, worker, seconds, summary)
         self.release(assignment.id)
         told = _revived(summary["failure"])
@@ -204,10 +220,10 @@ class RayExecutor:
 
     def _lose(self, worker: int, error: Exception) -> Loss:
         member = self._members.pop(worker)
-        for ref, (owner, assignment, _) in list(self._running.items()):
-            if owner == worker:
+        for ref, running in list(self._running.items()):
+            if running.worker == worker:
                 del self._running[ref]
-                self.release(assignment.id)
+                self.release(running.assignment.id)
         with contextlib.suppress(Exception):  # most often it is dead already
             self._ray.kill(member.actor)
         self._hire()
@@ -229,20 +245,49 @@ class RayExecutor:
 
     def _take_pulses(self) -> None:
         """Hand on what has been answered; ask again, each worker once at a time."""
-        asked = list(self._pulses)
-        answered = self._ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        asked = {m.pulse: m for m in self._members.values() if m.pulse is not None}
+        refs = list(asked)
+        answered = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
         for ref in answered:
-            name = self._pulses.pop(ref)
+            member = asked[ref]
+            member.pulse = None
             with contextlib.suppress(self._ray.exceptions.RayError):  # its end is told elsewhere
                 done, total = self._ray.get(ref)
                 if total:
-                    self.on_progress(name, done, total)
-        if self._pulses or time.monotonic() - self._asked < _PULSE_EVERY_S:
-            return
-        self._asked = time.monotonic()
-        for worker, assignment, _ in self._running.values():
-            ask = self._members[worker].actor.pulse.options(concurrency_group="pulse")
-            self._pulses[ask.remote()] = assignment.id
+                    self.on_progress(member.asked_at, done, total)
+        now = self._time.now()
+        doing = self._doing()
+        for number, member in self._members.items():
+            due = now - member.asked >= self._wanted.patience.pulse_every_s
+            if member.pulse is None and due:
+                ask = member.actor.pulse.options(concurrency_group="pulse")
+                member.pulse, member.asked = ask.remote(), now
+                member.asked_at = doing[number].assignment.id if number in doing else ""
+
+    def _hung(self, done: list[Any]) -> tuple[int, ResourceError] | None:
+        """A worker that is to be given up, and why, if there is one."""
+        now, doing = self._time.now(), self._doing()
+        if now - self._looked < self._wanted.patience.pulse_every_s:
+            return None
+        self._looked = now
+        heard = {self._running[ref].worker for ref in done if ref in self._running}
+        for number, member in self._members.items():
+            if number in heard:
+                continue
+            running, why = doing.get(number), None
+            assignment = None if running is None else running.assignment
+            if member.pulse is not None:
+                why = self._judge.silent(assignment, now - member.asked)
+            if why is None and running is not None:
+                why = self._judge.slow(running.assignment, now - running.since)
+            if why is not None:
+                if running is not None:
+                    self._judge.gave_up(running.assignment)
+                return number, ResourceError(why)
+        return None
+
+    def _doing(self) -> dict[int, _Running]:
+        return {running.worker: running for running in self._running.values()}
 
 
 def _revived(failure: dict[str, str]) -> Exception:

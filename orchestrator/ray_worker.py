@@ -9,11 +9,10 @@ import threading
 import traceback
 from typing import Any
 
+from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
 from workers.plan import BITS_VERSION, Plan
 from workers.tasks import Task
-
-FETCH_TIMEOUT_S = 600.0
 
 
 class RayWorker:

@@ -103,6 +103,10 @@ class Stop:
 Instruction = Run | Release | Stop
 
 
+def step_of(task: Task) -> tuple[str, int]:
+    return type(task).__name__, getattr(task, "block", -1)
+
+
 class Scheduler:
     def __init__(self, works: Sequence[Work]) -> None:
         self._works = works
@@ -186,8 +190,7 @@ class Scheduler:
 
     def _step(self, assignment: str) -> tuple[str, int]:
         """What trouble is counted against: a step of a block, whoever does it."""
-        task = self._running[assignment][1].task
-        return type(task).__name__, getattr(task, "block", -1)
+        return step_of(self._running[assignment][1].task)
 
     def _stop(self, *, complete: bool) -> list[Instruction]:
         self._stopped = True

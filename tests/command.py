@@ -36,12 +36,17 @@ def quantfleet(*args: str | Path) -> Outcome:
 
 def start(*args: str | Path) -> subprocess.Popen[str]:
     """Start a command as users do."""
+    command = [sys.executable, "-m", "orchestrator", *map(str, args)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
+def environment() -> dict[str, str]:
+    """Ours, for processes that start others of the same modules."""
     env = dict(os.environ)
     if env.pop("PYTHONDONTWRITEBYTECODE", None):
         env["PYTHONPYCACHEPREFIX"] = _bytecode().name
-    command = [sys.executable, "-m", "orchestrator", *map(str, args)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+    return env
 
 
 @functools.cache
