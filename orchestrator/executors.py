@@ -43,7 +43,15 @@ class Loss:
     parts_kept: bool = False
 
 
-News = Result | Arrival | Loss
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No worker can be had from a machine, and why."""
+
+    machine: str
+    error: Exception
+
+
+News = Result | Arrival | Loss | Refusal
 Progress = Callable[[str, int, int], None]  # a running assignment, and how many of how many steps
 
 

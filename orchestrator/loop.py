@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.bag import name_of
-from orchestrator.executors import Arrival, Executor, Loss, News, Result
+from orchestrator.executors import Arrival, Executor, Loss, News, Refusal, Result
 from orchestrator.scheduler import (
     Assignment,
     Event,
@@ -140,6 +140,9 @@ class _Execution:
                 note("worker lost", worker=worker, present=present, why=str(error))
                 self.failure = error
                 return WorkerLost(worker, parts_kept)
+            case Refusal(machine, error):
+                note("machine refused", machine=machine, why=str(error))
+                return Joined(())
             case Result(error=None):
                 return self._finished(news)
             case Result(missing=()):

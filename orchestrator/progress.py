@@ -122,6 +122,8 @@ class Watcher(Observer):
             self._say(
                 f"worker {facts['worker']} ran out of memory: hidden states go to the {where}"
             )
+        elif event == "machine refused":
+            self._say(f"{facts['machine']} takes no part: {facts['why']}")
         elif event == "worker joined":
             self._say(f"worker {facts['worker']} has joined")
         elif event == "quantizing" and facts["done"]:

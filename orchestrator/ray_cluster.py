@@ -67,36 +67,43 @@ def look_at_nodes(ray: Any, paths: Sequence[str]) -> list[Machine]:
             "scheduling_strategy": affinity(node["NodeID"], soft=False),
         }
         ref = ray.remote(look).options(**options).remote(list(paths))
-        asked[ref] = (node["NodeManagerAddress"], resources)
+        asked[ref] = node
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_TIMEOUT_S)
     if silent:
-        raise ResourceError(f"node {asked[silent[0]][0]} did not answer in {_LOOK_TIMEOUT_S:.0f} s")
+        address = asked[silent[0]]["NodeManagerAddress"]
+        raise ResourceError(f"node {address} did not answer in {_LOOK_TIMEOUT_S:.0f} s")
     machines = []
     for ref in answered:
-        address, resources = asked[ref]
         try:
             machine = ray.get(ref)
         except ray.exceptions.RayError as error:
+            address = asked[ref]["NodeManagerAddress"]
             raise ResourceError(
                 f"node {address} cannot be looked at: {first_line(error)}"
             ) from None
-        machines.append(_as_ray_counts(machine, address, resources))
+        machines.append(_as_ray_counts(machine, asked[ref]))
     if not machines:
         raise ResourceError("this Ray cluster has no node with CPUs or GPUs")
     return machines
 
 
-def _as_ray_counts(machine: Machine, address: str, resources: dict[str, float]) -> Machine:
+def _as_ray_counts(machine: Machine, node: dict[str, Any]) -> Machine:
     """Ray lets work have what it was told of, which need not be all that is there."""
     from dataclasses import replace
 
+    resources = node["Resources"]
     devices = {
         device: int(resources.get("CPU" if device == "cpu" else "GPU", 0))
         for device in machine.devices
     }
     devices = {device: count for device, count in devices.items() if count}
-    kinds = {device: machine.kinds[device] for device in devices}
-    return replace(machine, name=f"node {address}", devices=devices, kinds=kinds)
+    return replace(
+        machine,
+        name=f"node {node['NodeManagerAddress']}",
+        devices=devices,
+        kinds={device: machine.kinds[device] for device in devices},
+        node_id=node["NodeID"],
+    )
 
 
 def first_line(error: Exception) -> str:

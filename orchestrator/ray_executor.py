@@ -8,11 +8,13 @@ references; the driver passes them on and never looks inside.
 
 import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.executors import Arrival, Loss, News, Progress, Result, unheard
+from orchestrator.executors import Arrival, Loss, News, Progress, Refusal, Result, unheard
 from orchestrator.patience import Judge, OwnTime, Patience
+from orchestrator.placement import freest, selectors
 from orchestrator.ray_cluster import first_line
 from orchestrator.ray_worker import RayWorker
 from orchestrator.scheduler import Assignment
@@ -22,7 +24,7 @@ from workers.plan import Plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The workers that a job asks for."""
+    """The workers that a job asks for, and where it knows that it can have none."""
 
     count: int
     device: str
@@ -33,6 +35,13 @@ class Wanted:
     settle_s: float = 20.0  # that the others are waited for once the first is there
     absence_s: float = 600.0  # without any worker until the job is given up
     patience: Patience = field(default_factory=Patience)
+    refused: frozenset[str] = frozenset()  # nodes, by Ray's ids
+
+    def asks(self) -> dict[str, float]:
+        """What each takes of a node, as Ray counts it: Intel's GPUs are GPUs too."""
+        memory = {} if self.memory is None else {"memory": float(self.memory)}
+        gpus = {} if self.device == "cpu" else {"GPU": 1.0}
+        return {"CPU": self.cpus, **gpus, **memory}
 
 
 @dataclass(slots=True)
@@ -43,6 +52,13 @@ class _Member:
     pulse: Any = None  # asked for, and not answered yet
     asked: float = 0.0  # when it was asked for last
     asked_at: str = ""  # which assignment
+
+
+@dataclass(slots=True)
+class _Start:
+    number: int
+    actor: Any
+    target: str | None  # the node it was asked for on
 
 
 @dataclass(slots=True)
@@ -61,8 +77,11 @@ class RayExecutor:
         self._wanted = wanted
         self.on_progress: Progress = unheard
         self._members: dict[int, _Member] = {}
-        self._starting: dict[Any, tuple[int, Any]] = {}  # by the reference to their start
+        self._starting: dict[Any, _Start] = {}  # by the reference to their start
         self._hired = 0
+        self._failed = 0  # starts since the last one that succeeded
+        self._refused = set(wanted.refused)
+        self._untold: list[News] = []
         self._refs: dict[str, list[Any]] = {}
         self._running: dict[Any, _Running] = {}
         self._judge = Judge(plan, wanted.patience)
@@ -89,6 +108,8 @@ class RayExecutor:
         self._running[first] = _Running(worker, assignment, time.perf_counter(), self._time.now())
 
     def next_news(self) -> News:
+        if self._untold:
+            return self._untold.pop(0)
         absent_since = time.monotonic()
         while True:
             if self._members:
@@ -106,18 +127,16 @@ class RayExecutor:
                     return self._lose(watches[ref], self._why(ref))
                 if ref in self._running:
                     return self._end(ref)
-                number = self._arrive(ref)
-                if number is not None:
-                    return Arrival(number)
+                if (news := self._arrive(ref)) is not None:
+                    return news
 
     def release(self, assignment: str) -> None:
         self._refs.pop(assignment, None)
 
     def close(self) -> None:
         """End what we started: workers, and an embedded Ray with its driver's connection."""
-        for actor in [m.actor for m in self._members.values()] + [
-            actor for _, actor in self._starting.values()
-        ]:
+        actors = [member.actor for member in self._members.values()]
+        for actor in [*actors, *(start.actor for start in self._starting.values())]:
             with contextlib.suppress(Exception):  # it may be gone, and Ray with it
                 self._ray.kill(actor)
         self._refs.clear()
@@ -130,21 +149,25 @@ class RayExecutor:
         """Ask Ray for one more worker; `_arrive` hears when it is there."""
         wanted = self._wanted
         threads = str(self._plan.contract.threads)
+        asks = wanted.asks()
+        taken = Counter(member.node for member in self._members.values())
+        taken.update(start.target for start in self._starting.values() if start.target)
+        nodes = [node for node in self._ray.nodes() if node["NodeID"] not in self._refused]
+        target = freest(nodes, asks, taken)
         options: dict[str, Any] = {
-            "num_cpus": wanted.cpus,
+            "num_cpus": asks.pop("CPU"),
+            "num_gpus": asks.pop("GPU", 0),
+            **asks,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "scheduling_strategy": "SPREAD",
+            **selectors(target, self._refused),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
         }
-        if wanted.device != "cpu":
-            options["num_gpus"] = 1  # Ray counts Intel's GPUs as GPUs too
-        if wanted.memory is not None:
-            options["memory"] = wanted.memory
         # asked in a thread of its own, a worker answers while it works
         groups = {"pulse": 1, "watch": 1}
         actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
-        self._starting[actor.start.remote(self._plan, wanted.device)] = (self._hired, actor)
+        start = actor.start.remote(self._plan, wanted.device)
+        self._starting[start] = _Start(self._hired, actor, target)
         self._hired += 1
 
     def _assemble(self) -> None:
@@ -157,7 +180,8 @@ class RayExecutor:
             done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=0.5)
             for ref in done:
                 first = not self._members
-                self._arrive(ref)
+                if isinstance(news := self._arrive(ref), Refusal):
+                    self._untold.append(news)
                 if first and self._members and not wanted.all_at_once:
                     deadline = min(deadline, time.monotonic() + wanted.settle_s)
         missing = wanted.count - len(self._members)
@@ -170,25 +194,47 @@ class RayExecutor:
                 "lower workers.count, cpus or memory"
             )
 
-    def _arrive(self, ref: Any) -> int | None:
-        """Take in a worker whose start has ended; None if it is not to be."""
-        number, actor = self._starting.pop(ref)
+    def _arrive(self, ref: Any) -> Arrival | Refusal | None:
+        """Take in a worker whose start has ended, if it is to be."""
+        start = self._starting.pop(ref)
         try:
             facts = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             self._refusals.append(first_line(error))
-            if len(self._refusals) <= 2 * self._wanted.count:
-                self._hire()
+            self._hire_again()
             return None
-        if "failure" in facts:
-            raise _revived(facts["failure"])
         if "refused" in facts:
-            self._refusals.append(f"a worker was refused: {facts['refused']}")
-            self._ray.kill(actor)
+            return self._refuse(start, facts["node"], ResourceError(facts["refused"]))
+        if "failure" in facts:
+            told = _revived(facts["failure"])
+            if not self._members:
+                raise told
+            # what is amiss there, a model that is not seen for one, is no reason to end here
+            return self._refuse(start, facts["node"], told)
+        self._failed = 0
+        watch = start.actor.watch.options(concurrency_group="watch").remote()
+        self._members[start.number] = _Member(start.actor, watch, facts["node"])
+        return Arrival(start.number)
+
+    def _refuse(self, start: _Start, node: str, error: Exception) -> Refusal | None:
+        """Have no workers on a node; the one asked for instead may wait until another comes."""
+        self._ray.kill(start.actor)
+        known_before = node in self._refused  # two may have started there at once
+        self._refused.add(node)
+        if not self._wanted.all_at_once:
+            self._hire()
+        if known_before:
             return None
-        watch = actor.watch.options(concurrency_group="watch").remote()
-        self._members[number] = _Member(actor, watch, facts["node"])
-        return number
+        addresses = {known["NodeID"]: known["NodeManagerAddress"] for known in self._ray.nodes()}
+        machine = f"node {addresses.get(node, node)}"
+        self._refusals.append(f"{machine}: {error}")
+        return Refusal(machine, error)
+
+    def _hire_again(self) -> None:
+        """Unless starts fail and fail: what ends one then ends the next one too."""
+        self._failed += 1
+        if self._failed <= 2 * self._wanted.count:
+            self._hire()
 
     def _end(self, ref: Any) -> News:
         running = self._running[ref]

@@ -28,13 +28,14 @@ class RayWorker:
         from workers.kind import hardware_kind
         from workers.worker import Worker
 
+        facts: dict[str, Any] = {"node": imported().get_runtime_context().get_node_id()}
         try:
             if difference := _difference(plan, hardware_kind(device)):
-                return {"refused": difference}
+                return {**facts, "refused": difference}
             self._worker = Worker(plan, device, self._tell)
         except Exception as error:
-            return {"failure": described(error)}
-        return {"node": imported().get_runtime_context().get_node_id()}
+            return {**facts, "failure": described(error)}
+        return facts
 
     def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
         """The summary, and the parts beside it; a summary may tell of a failure instead."""

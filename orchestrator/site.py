@@ -3,11 +3,12 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.checks import Look, Prepared, look_here
 from orchestrator.executors import Executor, InProcessExecutor
+from orchestrator.placement import of_another_kind
 from quantcore.errors import SpecError
 from workers.machine import Machine
 from workers.plan import Plan
@@ -17,6 +18,7 @@ from workers.plan import Plan
 class Site:
     in_process: bool = False
     cluster: Any = None  # Ray, connected
+    seen: list[Machine] = field(default_factory=list)  # its nodes, as a check found them
 
     @property
     def look_at(self) -> Look:
@@ -37,6 +39,7 @@ class Site:
             cpus=cpus,
             memory=workers.memory_bytes(),
             all_at_once=self.cluster is None,
+            refused=of_another_kind(self.seen, prepared.device, plan.contract.kind),
         )
         ray = self.cluster
         if ray is None:
@@ -47,7 +50,8 @@ class Site:
     def _look_at_nodes(self, paths: Sequence[str]) -> list[Machine]:
         from orchestrator.ray_cluster import look_at_nodes
 
-        return look_at_nodes(self.cluster, paths)
+        self.seen[:] = look_at_nodes(self.cluster, paths)
+        return self.seen
 
 
 @contextlib.contextmanager

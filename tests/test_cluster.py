@@ -1,6 +1,8 @@
 """Jobs on real Ray nodes, several on this machine: the same bytes on any number, after kills."""
 
+import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.command import finish, quantfleet, start, wait_for
+from tests.command import environment, finish, quantfleet, start, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 _BLOCKS = 16
+_TIMEOUT_S = 300  # it ends a hang, it measures nothing
+OTHER_KIND = {"ATEN_CPU_CAPABILITY": "default"}  # a node's environment: other instructions
+SOON = {  # dead nodes are noticed in seconds
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +60,10 @@ def _job(site: Path, store: str, workers: int) -> Path:
 
 @contextmanager
 def _cluster(nodes: int) -> Iterator[Any]:
-    """A head that takes no work, and nodes of one CPU each. Dead nodes are noticed in seconds."""
+    """A head that takes no work, and nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
-    config = {
-        "health_check_initial_delay_ms": 1000,
-        "health_check_period_ms": 500,
-        "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 3,
-    }
-    args = {"num_cpus": 0, "_system_config": config, "include_dashboard": False}
+    args = {"num_cpus": 0, "_system_config": SOON, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=args)
     try:
         for _ in range(nodes):
@@ -77,8 +81,10 @@ def _records(site: Path, store: str) -> int:
     return len(list((site / store / "job" / "ledger").glob("block-*.json")))
 
 
-def _run(site: Path, store: str, workers: int, cluster: Any) -> subprocess.Popen[str]:
-    return start("run", "--address", cluster.address, _job(site, store, workers))
+def _run(
+    site: Path, store: str, workers: int, cluster: Any, *options: str | Path
+) -> subprocess.Popen[str]:
+    return start("run", "--address", cluster.address, *options, _job(site, store, workers))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
@@ -103,3 +109,73 @@ def test_nodes_that_die_and_nodes_that_come_change_no_bit(site: Path) -> None:
     assert outcome.code == 0, outcome
     assert "is lost" in outcome.err
     assert _model_bytes(site, "killed") == _model_bytes(site, "whole")
+
+
+def test_nodes_of_another_kind_are_passed_over(site: Path) -> None:
+    """One of three, which has as much room as each of the others."""
+    log = site / "kinds.jsonl"
+    with _cluster(1) as cluster:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=OTHER_KIND)
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        process = _run(site, "kinds", 2, cluster, "--log-file", log)
+        outcome = finish(process)
+    assert outcome.code == 0, outcome
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["present"] for e in events if e["event"] == "workers started"] == [2]
+    assert not [e for e in events if e["event"] == "machine refused"]
+    assert _model_bytes(site, "kinds") == _model_bytes(site, "whole")
+
+
+# In a process of its own: Ray is not to be started twice in one. Two workers are wanted, and on
+# each side there is a node too few or one of another kind.
+_COMES_AND_GOES = """
+import json, sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from orchestrator.checks import check
+from orchestrator.ray_cluster import joined
+from orchestrator.site import Site
+
+job, other = Path(sys.argv[1]), json.loads(sys.argv[2])
+args = {"num_cpus": 0, "_system_config": json.loads(sys.argv[3]), "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=args)
+first = cluster.add_node(num_cpus=2)
+cluster.add_node(num_cpus=1, env_vars=other)
+site = Site(cluster=joined(cluster.address))
+prepared = check(job, look_at=site.look_at)
+told = []
+executor = site.start_workers(prepared.plan, prepared)
+told.append(executor.present())
+nodes = [executor._members[number].node for number in executor.present()]
+cluster.add_node(num_cpus=8, env_vars=other)
+cluster.remove_node(first, allow_graceful=False)
+for _ in range(3):
+    told.append(type(executor.next_news()).__name__)
+cluster.add_node(num_cpus=1)
+told.append(type(executor.next_news()).__name__)
+nodes += [executor._members[number].node for number in executor.present()]
+told.append(len(set(nodes)))
+executor.close()
+cluster.shutdown()
+print(json.dumps(told))
+"""
+
+
+def test_a_node_that_comes_is_taken_or_refused_once(site: Path) -> None:
+    job = _job(site, "comes", 2)
+    command = [sys.executable, "-c", _COMES_AND_GOES, job, json.dumps(OTHER_KIND), json.dumps(SOON)]
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    first, *news, arrival, nodes = told
+    assert sorted(first) == [0, 1]
+    assert sorted(news) == ["Loss", "Loss", "Refusal"]
+    assert arrival == "Arrival"
+    assert nodes == 2

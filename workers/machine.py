@@ -20,6 +20,7 @@ class Machine:
     devices: dict[str, int]  # how many of each; of 'cpu', the cores
     memory_free: int  # bytes of host memory
     paths: dict[str, str | None]  # by path: a fingerprint of what is there, None for nothing
+    node_id: str = ""  # a cluster's name for it
 
 
 def look(paths: Iterable[str]) -> Machine:
