@@ -16,7 +16,7 @@ from orchestrator.executors import Arrival, Loss, News, Progress, Refusal, Resul
 from orchestrator.patience import Judge, OwnTime, Patience
 from orchestrator.placement import freest, selectors
 from orchestrator.ray_cluster import first_line
-from orchestrator.ray_worker import RayWorker
+from orchestrator.ray_worker import NoRoomError, RayWorker
 from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
 from workers.plan import Plan
@@ -82,6 +82,7 @@ class RayExecutor:
         self._failed = 0  # starts since the last one that succeeded
         self._refused = set(wanted.refused)
         self._untold: list[News] = []
+        self._sent: Any = None  # the plan, as workers are given it
         self._refs: dict[str, list[Any]] = {}
         self._running: dict[Any, _Running] = {}
         self._judge = Judge(plan, wanted.patience)
@@ -166,7 +167,9 @@ class RayExecutor:
         # asked in a thread of its own, a worker answers while it works
         groups = {"pulse": 1, "watch": 1}
         actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
-        start = actor.start.remote(self._plan, wanted.device)
+        if self._sent is None:
+            self._sent = self._ray.put(self._plan)  # once, while there is room for it
+        start = actor.start.remote(self._sent, wanted.device)
         self._starting[start] = _Start(self._hired, actor, target)
         self._hired += 1
 
@@ -260,8 +263,8 @@ class RayExecutor:
             return Result(assignment.id, worker, seconds, summary)
         self.release(assignment.id)
         told = _revived(summary["failure"])
-        if isinstance(told, ResourceError):  # a fresh process, perhaps elsewhere, may have room
-            return self._lose(worker, told)
+        if isinstance(told, ResourceError) and not isinstance(told, NoRoomError):
+            return self._lose(worker, told)  # a fresh process, perhaps elsewhere, may have room
         return Result(assignment.id, worker, seconds, error=told)
 
     def _lose(self, worker: int, error: Exception) -> Loss:
@@ -338,7 +341,8 @@ class RayExecutor:
 
 def _revived(failure: dict[str, str]) -> Exception:
     """The error again, for the exit code it stands for; a bug of ours keeps its traceback."""
-    kind = BY_NAME.get(failure["kind"])
+    kinds: dict[str, type[Exception]] = {**BY_NAME, NoRoomError.__name__: NoRoomError}
+    kind = kinds.get(failure["kind"])
     if kind is not None:
         return kind(failure["message"])
     return RuntimeError(f"a worker failed:\n{failure['trace']}")

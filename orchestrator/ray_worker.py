@@ -5,12 +5,14 @@ exceptions. Inputs come as references and are read here, so that one that is los
 from a task that failed.
 """
 
+import re
 import threading
 import traceback
 from typing import Any
 
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
+from quantcore.errors import ResourceError
 from workers.plan import BITS_VERSION, Plan
 from workers.tasks import Task
 
@@ -85,13 +87,30 @@ def _difference(plan: Plan, kind: dict[str, str]) -> str | None:
     return None
 
 
+class NoRoomError(ResourceError):
+    """Somebody's results were stored nowhere: whoever reads them next would meet that again."""
+
+
 def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
     """The values of some references, or the numbers of those that are lost."""
     ray = imported()
     try:
         return tuple(ray.get(inputs, timeout=FETCH_TIMEOUT_S)), []
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
-        return (), [number for number, ref in enumerate(inputs) if _is_lost(ref)] or [0]
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        where = re.search(r"\bip=([^,)]+)", str(error))
+        node = f"node {where[1]}" if where else "a node"
+        raise NoRoomError(
+            f"a task's results found no room on {node}: Ray's object store is full, and so is the "
+            "disk that it spills to; free space there, or start it with more --object-store-memory"
+        ) from None
+    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
+        missing = [number for number, ref in enumerate(inputs) if _is_lost(ref)]
+        if missing or not isinstance(error, ray.exceptions.GetTimeoutError):
+            return (), missing or [0]
+        raise ResourceError(
+            f"{len(inputs)} inputs did not fit together in this node's object store: start it "
+            "with more --object-store-memory"
+        ) from None
 
 
 def _is_lost(ref: Any) -> bool:
