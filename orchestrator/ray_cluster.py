@@ -3,6 +3,7 @@
 The only file that imports Ray: the other ray_*.py are given it.
 """
 
+import ipaddress
 import logging
 import os
 from collections.abc import Sequence
@@ -12,6 +13,11 @@ from quantcore.errors import ResourceError
 from workers.machine import Machine, look
 
 _LOOK_TIMEOUT_S = 120.0
+_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_HOW_TO_SIGN_IN = (
+    "set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or its file in "
+    "RAY_AUTH_TOKEN_PATH (~/.ray/auth_token if neither is set)"
+)
 
 
 def embedded(*, cpus: int, gpus: int) -> Any:
@@ -21,7 +27,7 @@ def embedded(*, cpus: int, gpus: int) -> Any:
     outside; without that, every Ray server binds to 127.0.0.1. Ray's access token stays on, since
     other users of the machine can reach the loopback; only its notice is left out.
     """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ[_ON_LOOPBACK] = "0"
     os.environ.setdefault("RAY_worker_niceness", "0")  # this is the job that the user waits for
     ray = imported()
     try:
@@ -40,15 +46,43 @@ def embedded(*, cpus: int, gpus: int) -> Any:
 
 
 def joined(address: str) -> Any:
-    """A connection to a cluster of which this machine is a node."""
+    """A connection to a cluster of which this machine is a node.
+
+    Ray replaces a loopback address by the machine's outer one, at which nodes that were started on
+    the loopback do not answer. To those that were not, it gets either way.
+    """
+    if is_loopback(address):
+        os.environ.setdefault(_ON_LOOPBACK, "0")
     ray = imported()
     try:
         ray.init(
             address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False
         )
+    except ConnectionError as error:  # this says no more, whatever the reason
+        hint = f"if there is one that wants a token: {_HOW_TO_SIGN_IN}"
+        raise ResourceError(f"no Ray cluster at {address}: {first_line(error)}; {hint}") from None
     except Exception as error:
-        raise ResourceError(f"no Ray cluster at {address}: {first_line(error)}") from None
+        raise unreached(address, error) from None
     return ray
+
+
+def is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def unreached(address: str, error: Exception) -> ResourceError:
+    """Why there is no connection to a cluster, for its users."""
+    text = str(error)
+    if "authenticat" not in text.lower():
+        return ResourceError(f"no Ray cluster at {address}: {first_line(error)}")
+    wants = "takes another token" if "Invalid" in text else "wants a token"
+    return ResourceError(f"the Ray cluster at {address} {wants}: {_HOW_TO_SIGN_IN}")
 
 
 def look_at_nodes(ray: Any, paths: Sequence[str]) -> list[Machine]:

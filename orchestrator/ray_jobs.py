@@ -19,7 +19,7 @@ import yaml
 from jobs.load import read_document, resolve_paths, validate
 from jobs.spec import JobSpec
 from orchestrator.printing import INTERRUPTED
-from orchestrator.ray_cluster import first_line, job_client
+from orchestrator.ray_cluster import first_line, job_client, unreached
 from quantcore.errors import JobFaults, ResourceError, SpecError
 
 _STOP_WAIT_S = 60  # for a driver to leave its lease and say what is kept
@@ -42,7 +42,7 @@ class RemoteJobs:
         try:
             self._client = job_client(address)
         except Exception as error:
-            raise ResourceError(f"no Ray cluster at {address}: {first_line(error)}") from None
+            raise unreached(address, error) from None
         for chatty in _CHATTY:  # each was given a level of its own when it was imported
             logging.getLogger(chatty).setLevel(logging.ERROR)
 

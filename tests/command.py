@@ -34,11 +34,12 @@ def quantfleet(*args: str | Path) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*args: str | Path) -> subprocess.Popen[str]:
-    """Start a command as users do."""
+def start(*args: str | Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a command as users do, with more environment variables."""
     command = [sys.executable, "-m", "orchestrator", *map(str, args)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+    env = environment() | variables
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def environment() -> dict[str, str]:
@@ -64,8 +65,8 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def quantfleet_process(*args: str | Path) -> Outcome:
-    return finish(start(*args))
+def quantfleet_process(*args: str | Path, **variables: str) -> Outcome:
+    return finish(start(*args, **variables))
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
