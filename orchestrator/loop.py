@@ -70,6 +70,7 @@ class Timings:
     started: float = field(default_factory=time.perf_counter)
     phases: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, tuple[int, float]] = field(default_factory=dict)  # by kind: count, seconds
+    peaks: dict[int, dict[str, int]] = field(default_factory=dict)  # by worker: bytes at most
 
     def of_phase(self, name: str, start: float) -> None:
         self.phases[name] = round(time.perf_counter() - start, 3)
@@ -78,6 +79,9 @@ class Timings:
         kind = result.assignment.partition("/")[0]
         count, seconds = self.tasks.get(kind, (0, 0.0))
         self.tasks[kind] = (count + 1, seconds + result.seconds)
+        known = self.peaks.setdefault(result.worker, {})
+        for place, peak in result.summary.get("peak_bytes", {}).items():
+            known[place] = max(peak, known.get(place, 0))
 
 
 def execute(
@@ -154,9 +158,10 @@ class _Execution:
 
     def _finished(self, result: Result) -> Event:
         assignment = self.running.pop(result.assignment)
-        if result.summary:  # most have none: what is kept must not grow with the tasks
-            self.summaries[name_of(assignment)] = result.summary
         self.timings.of_task(result)
+        facts = {key: fact for key, fact in result.summary.items() if key != "peak_bytes"}
+        if facts:  # most have none: what is kept must not grow with the tasks
+            self.summaries[name_of(assignment)] = facts
         self.observer.finished(assignment, result)
         if "spilled" in result.summary:
             place = result.summary["spilled"]

@@ -1,10 +1,15 @@
 """What kind of hardware this is, and how torch must be set for its results to be repeatable."""
 
+import functools
 import os
 import platform
+import time
 from pathlib import Path
 
 import torch
+
+_PROBE_WIDTH = 512
+_PROBED_DTYPES = (torch.float32, torch.bfloat16)  # float16 is not for the CPU
 
 
 def present_devices() -> tuple[str, ...]:
@@ -39,6 +44,27 @@ def device_count(device: str) -> int:
     if device == "xpu":
         return torch.xpu.device_count()
     return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def cpu_flops() -> dict[str, float]:
+    """Operations a second of matrix products on one core, by dtype. Takes some hundredths of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {str(d).removeprefix("torch."): _matmul_flops(d) for d in _PROBED_DTYPES}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _matmul_flops(dtype: torch.dtype) -> float:
+    a_II = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
+    seconds = []
+    for _ in range(3):  # the first one pays for warming up
+        start = time.perf_counter()
+        a_II @ a_II
+        seconds.append(time.perf_counter() - start)
+    return 2 * _PROBE_WIDTH**3 / min(seconds)
 
 
 def make_repeatable(threads: int) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from quantcore.errors import LeaseError, ResourceError
 from workers.blocks import BlockModel, run_block
+from workers.capacity import peak_bytes
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
 from workers.held import Held, pack
@@ -80,7 +81,8 @@ class Worker:
         while True:
             try:
                 outcome = self._run(task, inputs)
-                return Outcome({**outcome.summary, **spilled}, outcome.parts)
+                peak = {"peak_bytes": peak_bytes(self._device)}
+                return Outcome({**outcome.summary, **spilled, **peak}, outcome.parts)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 why = str(error)
             # outside the handler, whose traceback holds on to the tensors of the attempt
