@@ -192,6 +192,7 @@ class WorkersSpec(_Section):
     cpus: Annotated[float, Field(gt=0)] | None = None  # per worker; None: as many as threads
     threads: Annotated[int, Field(gt=0)] = 1  # per worker; part of the contract of bits
     losses_per_day: Annotated[float, Field(ge=0)] = 1.0  # of a worker: how often to keep states
+    probe: bool = False  # try the worst block of a calibrated job before all else
     memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(KiB|MiB|GiB|TiB)$")] | None = None
 
     def memory_bytes(self) -> int | None:

@@ -1,64 +1,338 @@
-"""How much memory a worker will need, told before it starts.
+"""What a job will need of a worker and of the fleet, told before anything starts.
 
-An estimate from shapes alone, meant to err upwards: the interpreter with torch loaded, one block
-with its stored copy, the stack of Hessian sums, the calibration activations, one micro-batch's
-forward, and for an evaluation the whole model with one window of logits.
+From shapes alone, and meant to err upwards. A worker's memory is told by phase: what it holds at
+once while it collects, solves, publishes, ...; the phase that needs most decides. Three places can
+hold the calibration's hidden states between blocks (workers/shelf.py); the prediction is for one.
 """
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
+from orchestrator.block import band_count
+from orchestrator.costs import Rates, network_bytes, seconds
+from orchestrator.sizes import FLOAT32, Sizes, weights_of
+from workers.plan import GroupPlan
 
-from jobs.spec import JobSpec
-from workers.architecture import Architecture
-from workers.plan import BlockPlan, Plan
-from workers.sources import ModelSource
+MIB = 2**20
+GIB = 2**30
 
-_INTERPRETER_BYTES = 900 * 2**20
-_FLOAT32 = 4
+Parts = dict[str, int]  # bytes by what they are for
+Phases = dict[str, Parts]  # by what a worker is doing
+
+_INTERPRETER = 900 * MIB  # Python with torch, transformers and Ray, and what malloc holds on to
+_DRIVER_LIBRARIES = 2 * GIB  # what CUDA or XPU adds to it
+_LIBRARIES_OF_EVALUATION = 320 * MIB
+_CONTEXT = 768 * MIB  # of a device, with the workspaces of its libraries
+_CRUMBS = 0.08  # of a device's memory, lost between allocations
+_SQUARES_OF_A_SOLVE = 10  # copies of one Hessian from its mean to its inverse's factor
+_COPIES_OF_A_TILE = 16  # of its float32 rows: ranges tried, codes, errors
+_WAITING = ("hand-overs", "boundaries")  # may as well be spilled by Ray
 
 
-def worker_bytes(
-    spec: JobSpec, plan: Plan, architecture: Architecture, source: ModelSource
-) -> dict[str, int]:
-    """Predicted bytes of one worker's parts at its peak; their sum is the peak."""
-    parts = {"interpreter": _INTERPRETER_BYTES}
-    if plan.calibration is not None:
-        parts |= _calibration(plan, architecture)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    workers: int
+    states_on: str  # where hidden states wait between blocks: device, host or disk
+    host: Phases  # of one worker
+    device: Phases  # of one worker; none on the CPU
+    object_store: Parts  # of the whole fleet at once
+    reading: int  # of a worker from the object store, at most at once
+    scratch: Parts  # of one worker, on disk
+    store: Parts  # of the job
+    network: Parts  # of the job, by the way it goes
+    seconds: dict[str, float]  # of the job, by phase
+    rates: Rates  # what the seconds are reckoned with
+
+    @property
+    def host_bytes(self) -> int:
+        return peak(self.host)[1]
+
+    @property
+    def private_bytes(self) -> int:
+        """Host memory of one worker without pages of the object store, which all share."""
+        return max(
+            sum(size for part, size in parts.items() if part != "shared objects")
+            for parts in self.host.values()
+        )
+
+    @property
+    def device_bytes(self) -> int:
+        return peak(self.device)[1] if self.device else 0
+
+    @property
+    def objects(self) -> int:
+        """What must stand in the object store; the rest may go to disk without harm."""
+        return sum(size for part, size in self.object_store.items() if part not in _WAITING)
+
+
+def peak(phases: Mapping[str, Parts]) -> tuple[str, int]:
+    """The phase that needs most, and how much."""
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return phase, sum(phases[phase].values())
+
+
+def predict(sizes: Sizes, states_on: str, rates: Rates, *, keeps: bool = False) -> Prediction:
+    """`keeps` says whether hidden states are kept in the store from time to time."""
+    on_device = sizes.plan.contract.kind["device"] != "cpu"
+    return Prediction(
+        workers=sizes.workers,
+        states_on=states_on,
+        host=_host(sizes, states_on),
+        device=_device(sizes, states_on) if on_device else {},
+        object_store=object_store(sizes),
+        reading=_reading(sizes),
+        scratch=_scratch(sizes, states_on),
+        store=_store(sizes, keeps),
+        network=network_bytes(sizes, keeps),
+        seconds=seconds(sizes, rates),
+        rates=rates,
+    )
+
+
+def block_peak(sizes: Sizes, index: int) -> int:
+    """What a block alone asks for: of blocks, the one with the most is the worst."""
+    return max(sum(parts.values()) for parts in _block_phases(sizes, index).values())
+
+
+def _host(sizes: Sizes, states_on: str) -> Phases:
+    """One worker's host memory. Weights are read on the host, whatever computes."""
+    on_device = sizes.plan.contract.kind["device"] != "cpu"
+    always = {"interpreter": _INTERPRETER + on_device * _DRIVER_LIBRARIES}
+    survey = max(sizes.model // (4 * sizes.workers), 1) + sizes.largest_tensor
+    phases: Phases = {
+        "survey": {"source": survey, "working": 2 * sizes.largest_tensor},
+        "outside": {"source": sizes.outside, "working": 2 * sizes.largest_tensor},
+    }
+    if sizes.plan.calibration is None:
+        phases["round"] = max(
+            (_rounding(sizes, index) for index in range(len(sizes.plan.blocks))), key=_total
+        )
     else:
-        parts["block"] = 3 * _FLOAT32 * max(map(_weights, plan.blocks))
-    if spec.evaluation is not None:
-        itemsize = getattr(torch, spec.compute_dtype).itemsize
-        whole = sum(math.prod(info.shape) for info in source.tensors.values()) * itemsize
-        logits = 3 * _FLOAT32 * spec.evaluation.length * architecture.vocabulary
-        working = sum(parts.values()) - _INTERPRETER_BYTES
-        if 2 * whole + logits > working:  # one after the other, so the larger counts
-            return {"interpreter": _INTERPRETER_BYTES, "evaluation": 2 * whole + logits}
+        if states_on == "host":
+            always["hidden states"] = sizes.share * sizes.chunk
+        if states_on == "disk":
+            always["hidden states"] = sizes.chunk
+        phases |= _calibration_on_host(sizes, on_device)
+    if sizes.spec.evaluation is not None:
+        phases["evaluate"] = _evaluation(sizes, on_device)
+    return {phase: always | parts for phase, parts in phases.items()}
+
+
+def _calibration_on_host(sizes: Sizes, on_device: bool) -> Phases:
+    """Of the blocks, for each phase the one that needs most."""
+    worst: Phases = {}
+    for index in range(len(sizes.plan.blocks)):
+        for phase, parts in _block_phases(sizes, index).items():
+            if _total(parts) > _total(worst.get(phase, {})):
+                worst[phase] = parts
+    if on_device:  # where the products and the solves are, and most of what they hold
+        there = ("products", "hessians", "solve")
+        worst = {
+            phase: {part: size for part, size in parts.items() if part not in there}
+            for phase, parts in worst.items()
+        }
+        worst["collect"]["sent"] = worst["collect"]["shared objects"]
+    embeddings = sizes.outside + _if_cast(sizes, sizes.outside_computing)
+    return {"embed": {"embeddings": embeddings, "products": 4 * sizes.chunk}, **worst}
+
+
+def _block_phases(sizes: Sizes, index: int) -> Phases:
+    """What one block asks for while it is collected, solved, published and passed on."""
+    block = sizes.block_stored(index) + _if_cast(sizes, sizes.block_computing(index))
+    weights = weights_of(sizes.plan.blocks[index])
+    decoded = FLOAT32 * weights + _if_cast(sizes, sizes.block_computing(index), FLOAT32)
+    products = _products(sizes)
+    sums = sizes.nodes_growing * sizes.squares(index) + sizes.widest(index)
+    phases = {
+        "collect": {
+            "block": block,
+            "hessians": sums,
+            "products": products,
+            "sent": sizes.widest(index),
+            "shared objects": sizes.nodes_held * sizes.bands(index),
+        },
+        "solve": _solve(sizes, index),
+        "publish": {
+            # codes as they came, in one piece and as stored, beside what stays as it is
+            "block": 4 * weights + sizes.block_stored(index) + 2 * sizes.block_published(index),
+            "shared objects": 2 * weights,
+        },
+        "advance": {
+            "block": sizes.block_published(index) + sizes.block_stored(index) + decoded,
+            "products": products + sizes.chunk,
+        },
+    }
+    if sizes.plan.shards > 1:
+        first, last = next(pair for pair in sizes.plan.shard_ranges() if pair[0] <= index < pair[1])
+        loaded = sum(sizes.block_computing(number) for number in range(first, last))
+        phases["boundary"] = {
+            "block": loaded + sizes.block_stored(index),
+            "products": products + 3 * sizes.chunk,
+            "shared objects": 2 * sizes.chunk,
+        }
+    return phases
+
+
+def _solve(sizes: Sizes, index: int) -> Parts:
+    """The LinearGroup of a block that takes most."""
+    groups = [group for group in sizes.plan.blocks[index].groups if group.quantized()]
+    height = sizes.plan.contract.row_tile
+    candidates: list[Parts] = [{}]
+    for group in groups:
+        rows = sum(layer.out_features for layer in group.quantized())
+        square = FLOAT32 * group.in_features**2
+        tile = FLOAT32 * group.in_features * min(rows, height)
+        stored = sum(
+            sizes.source.tensors[f"{layer.name}.weight"].num_bytes
+            for layer in group.quantized()
+            if f"{layer.name}.weight" in sizes.source.tensors
+        )
+        received = received_bytes(sizes, group)
+        candidates.append(
+            {
+                "block": 2 * stored,
+                "solve": received + _SQUARES_OF_A_SOLVE * square + _COPIES_OF_A_TILE * tile,
+                "codes": 2 * rows * group.in_features,
+                "shared objects": received + rows * group.in_features,
+            }
+        )
+    return max(candidates, key=_total)
+
+
+def received_bytes(sizes: Sizes, group: GroupPlan) -> int:
+    """Sums that come for one Hessian: everyone's, or in bands that are finished already."""
+    square = FLOAT32 * group.in_features**2
+    return square if band_count(group.in_features, sizes.hands) > 1 else sizes.nodes * square
+
+
+def _reading(sizes: Sizes) -> int:
+    groups = (group for block in sizes.plan.blocks for group in block.groups if group.quantized())
+    return max(received_bytes(sizes, group) for group in groups) if sizes.plan.calibration else 0
+
+
+def _products(sizes: Sizes) -> int:
+    """What a forward of one micro-batch holds at most, hooks and masks included."""
+    layers = list(sizes.plan.layers())
+    inside = [layer for layer in layers if layer is not sizes.plan.head]
+    widest = max(max(layer.in_features, layer.out_features) for layer in inside)
+    hidden, item = sizes.architecture.hidden_size, sizes.item
+    forward = item * (4 * widest + 8 * hidden) + 2 * FLOAT32 * hidden
+    hooks = (FLOAT32 + 2 + item) * widest
+    calibration = sizes.plan.calibration
+    assert calibration is not None
+    squares = sizes.plan.contract.micro_batch * calibration.length**2
+    masks = squares * (1 + item)
+    config = sizes.source.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):  # scores are made, not fused away
+        masks += squares * config.num_attention_heads * 2 * FLOAT32
+    return sizes.batch_tokens * (forward + hooks) + masks
+
+
+def _rounding(sizes: Sizes, index: int) -> Parts:
+    layers = [layer for g in sizes.plan.blocks[index].groups for layer in g.layers]
+    largest = max(layer.out_features * layer.in_features for layer in layers)
+    block = 2 * sizes.block_stored(index) + 2 * sizes.block_published(index)
+    return {"block": block, "working": 8 * FLOAT32 * largest}
+
+
+def _evaluation(sizes: Sizes, on_device: bool) -> Parts:
+    """The largest variant: all linears as rounded, in float32, and the model that computes."""
+    weights = sum(weights_of(block) for block in sizes.plan.blocks)
+    model = sizes.model + FLOAT32 * weights + _if_cast(sizes, sizes.model_computing, FLOAT32)
+    parts = {"libraries": _LIBRARIES_OF_EVALUATION, "model": max(model, 2 * sizes.model_computing)}
+    return parts if on_device else parts | {"logits": _logits(sizes)}
+
+
+def _logits(sizes: Sizes) -> int:
+    assert sizes.spec.evaluation is not None
+    return 4 * FLOAT32 * sizes.spec.evaluation.length * sizes.architecture.vocabulary
+
+
+def _device(sizes: Sizes, states_on: str) -> Phases:
+    """One worker's device memory. A reading host holds what is on its way there."""
+    always = {"context": _CONTEXT}
+    phases: Phases = {}
+    if sizes.plan.calibration is not None:
+        states = sizes.share * sizes.chunk if states_on == "device" else sizes.chunk
+        always["hidden states"] = states
+        phases["embed"] = {"embeddings": sizes.outside_computing, "products": 4 * sizes.chunk}
+        worst: Phases = {}
+        for index in range(len(sizes.plan.blocks)):
+            block, found = sizes.block_computing(index), _block_phases(sizes, index)
+            shapes = {
+                "collect": {
+                    "block": block,
+                    "hessians": found["collect"]["hessians"],
+                    "products": found["collect"]["products"],
+                },
+                "solve": {"solve": found["solve"].get("solve", 0)},
+                "advance": {"block": 2 * block, "products": found["advance"]["products"]},
+            }
+            if "boundary" in found:
+                parts = found["boundary"]
+                shapes["boundary"] = {"block": parts["block"], "products": parts["products"]}
+            for phase, parts in shapes.items():
+                if _total(parts) > _total(worst.get(phase, {})):
+                    worst[phase] = parts
+        phases |= worst
+    if sizes.spec.evaluation is not None:
+        phases["evaluate"] = {"model": sizes.model_computing, "logits": _logits(sizes)}
+        always = always if sizes.plan.calibration is None else {"context": _CONTEXT}
+    found = {phase: always | parts for phase, parts in (phases or {"round": {}}).items()}
+    return {phase: p | {"crumbs": int(_CRUMBS * _total(p))} for phase, p in found.items()}
+
+
+def object_store(sizes: Sizes) -> Parts:
+    """What stands in the object stores at once, of all shards."""
+    plan = sizes.plan
+    if plan.calibration is None:
+        return {"plan": 0}
+    blocks = range(len(plan.blocks))
+    sums = max(sizes.bands(index) for index in blocks)
+    codes = max(2 * weights_of(plan.blocks[index]) for index in blocks)
+    parts = {
+        "plan": sizes.workers * FLOAT32 * sizes.tokens,
+        "hessians": sizes.shards * (sizes.nodes + (sizes.hands > 1)) * sums,
+        "codes": sizes.shards * codes,
+    }
+    if sizes.hands > 1:
+        parts["hand-overs"] = sizes.shards * sizes.share * sizes.chunk
+    if plan.shards > 1:
+        parts["boundaries"] = (plan.shards - 1) * plan.contract.chunks * sizes.chunk
     return parts
 
 
-def _calibration(plan: Plan, architecture: Architecture) -> dict[str, int]:
-    assert plan.calibration is not None
-    itemsize = plan.torch_dtype.itemsize
-    tokens = plan.calibration.sequences * plan.calibration.length
-    batch_tokens = plan.contract.micro_batch * plan.calibration.length
-    levels = plan.contract.chunks.bit_length() + 1
-    widest = 0
-    hessians = 0
-    for block in plan.blocks:
-        squares = [group.in_features**2 for group in block.groups]
-        hessians = max(hessians, sum(squares) * _FLOAT32 * levels)
-        rows = [layer.out_features for group in block.groups for layer in group.layers]
-        widest = max([widest, *rows])
-    square = max(g.in_features for b in plan.blocks for g in b.groups) ** 2
-    return {
-        "block": 3 * _FLOAT32 * max(map(_weights, plan.blocks)),
-        "hessians": hessians + 4 * square * _FLOAT32,
-        "activations": tokens * architecture.hidden_size * itemsize,
-        "forward": 6 * batch_tokens * widest * itemsize,
-        "embeddings": 2 * architecture.vocabulary * architecture.hidden_size * itemsize,
-    }
+def _scratch(sizes: Sizes, states_on: str) -> Parts:
+    blocks = range(len(sizes.plan.blocks))
+    files = [sizes.outside_published, *(sizes.block_published(index) for index in blocks)]
+    if sizes.spec.evaluation is not None:
+        files.append(sizes.artifact + 8 * sizes.spec.evaluation.max_characters)
+    parts = {"files on their way": max(files)}
+    if sizes.plan.calibration is not None:
+        parts["files on their way"] = max(*files, sizes.chunk)
+        if states_on == "disk":
+            parts["hidden states"] = (sizes.share + 1) * sizes.chunk
+    return parts
 
 
-def _weights(block: BlockPlan) -> int:
-    return sum(layer.out_features * layer.in_features for g in block.groups for layer in g.layers)
+def _store(sizes: Sizes, keeps: bool) -> Parts:
+    """Kept states stand there twice until the older ones are swept."""
+    layers = sum(1 for _ in sizes.plan.layers())
+    records = 2**20 + 4096 * layers + 8 * sizes.tokens
+    parts = {"artifact": sizes.artifact + sizes.companions, "ledger": records}
+    if sizes.spec.evaluation is not None:
+        parts["ledger"] += 4 * sizes.spec.evaluation.max_characters
+    if keeps:
+        parts["kept states"] = 2 * sizes.plan.shards * sizes.plan.contract.chunks * sizes.chunk
+    return parts
+
+
+def _if_cast(sizes: Sizes, computing: int, item: int | None = None) -> int:
+    """The copy in the compute dtype, where the one that is read has another."""
+    read = {info.dtype.itemsize for info in sizes.source.tensors.values()}
+    same = item == sizes.item if item is not None else read == {sizes.item}
+    return 0 if same else computing
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())

@@ -63,7 +63,7 @@ class BlockWork:
             if self._bands[number] > 1:
                 for band in range(self._bands[number]):
                     self.reduces[number, band] = Step(Reduce(self.index, number, band))
-            for tiles in _pieces(self.plan, group, self.hands):
+            for tiles in solve_pieces(self.plan, group, self.hands):
                 cost = _solve_cost(self.plan, group, len(tiles))
                 self.solves.append(Step(Solve(self.index, number, tiles), cost))
             if self.plan.keeps_statistics:
@@ -218,7 +218,7 @@ def _done(step: Step) -> str:
     return step.done
 
 
-def _pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, int], ...]]:
+def solve_pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, int], ...]]:
     """A group's row tiles in at most one piece per hand; each hand factors H for itself."""
     tiles = plan.tiles(group)
     # without a solve there is little to share: a choice of smoothing is made once for each piece

@@ -7,19 +7,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
 from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import JobSpec
-from orchestrator.admission import worker_bytes
-from orchestrator.machines import choose, unshared, worker_count
+from orchestrator.admission import Prediction, peak
+from orchestrator.fitting import Admission, Admitted, Job
+from orchestrator.machines import choose, unshared
 from orchestrator.planning import make_plan, plan_layers
 from orchestrator.statistics import Statistics, read_index
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
+from workers.capacity import Disk, disk
 from workers.evaluate import read_text, unknown_tasks
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
@@ -39,10 +42,17 @@ class Prepared:
     source: ModelSource
     architecture: Architecture
     device: str
-    workers: int
-    worker_memory: dict[str, int]  # predicted bytes by part
+    admitted: Admitted
     tokens_digest: str | None  # of the calibration's token ids
     statistics: Statistics | None = None  # that stand for texts
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.admitted.prediction
+
+    @property
+    def workers(self) -> int:
+        return self.prediction.workers
 
 
 class _Findings:
@@ -125,7 +135,7 @@ def prepare(
         findings.attempt(
             "output.store", lambda: probe(open_store(store, conditional_writes=conditional))
         )
-    plan, workers, memory = None, 0, {}
+    plan, admitted = None, None
     if source and architecture:
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
@@ -134,26 +144,36 @@ def prepare(
             raise JobFaults(str(document.path), findings.faults)
         blocks, head, layer_faults = plan_layers(spec, architecture)
         findings.add(*layer_faults)
-        if chosen:
-            records = statistics.records if statistics else ()
-            plan = make_plan(spec, blocks, head, chosen.kind, windows, records)
-            memory = worker_bytes(spec, plan, architecture, source)
-            workers, count_faults = worker_count(spec, plan, chosen, sum(memory.values()))
-            findings.add(*count_faults)
+        if chosen and not layer_faults:
+            kind, records = chosen.kind, statistics.records if statistics else ()
+            plan = make_plan(spec, blocks, head, kind, windows, records)
+            again = lambda other: make_plan(other, blocks, head, kind)  # noqa: E731
+            job = Job(spec, plan, architecture, source, again)
+            admitted, lacking = Admission(job, chosen, _store_disk(spec)).admit()
+            findings.add(*lacking)
+            plan = dataclasses.replace(plan, states_on=admitted.prediction.states_on)
     if findings.faults:
         raise JobFaults(str(document.path), findings.faults)
-    assert plan is not None and source is not None and architecture is not None and chosen
+    assert plan is not None and source is not None and architecture is not None
+    assert chosen is not None and admitted is not None
     return Prepared(
         spec=spec,
         plan=plan,
         source=source,
         architecture=architecture,
         device=chosen.device,
-        workers=workers,
-        worker_memory=memory,
+        admitted=admitted,
         tokens_digest=None if windows is None else digest(windows),
         statistics=statistics,
     )
+
+
+def _store_disk(spec: JobSpec) -> Disk | None:
+    """The disk of a store that is a folder."""
+    if urlsplit(spec.output.store).scheme not in {"", "file"}:
+        return None
+    store = open_store(spec.output.store)
+    return disk(Path(store.url))
 
 
 def _local_paths(spec: JobSpec) -> dict[str, str]:
@@ -263,8 +283,35 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "device": contract.kind,
         "workers": prepared.workers,
         "threads": contract.threads,
-        "worker_memory_bytes": prepared.worker_memory,
         "micro_batch": contract.micro_batch,
         "chunks": contract.chunks,
         "store": prepared.plan.store,
+        "predicted": predicted(prepared),
+    }
+
+
+def predicted(prepared: Prepared) -> dict[str, Any]:
+    """What admission told, as plain values; bytes are at most, seconds are an estimate."""
+    prediction = prepared.prediction
+    host, _ = peak(prediction.host)
+    device = peak(prediction.device)[0] if prediction.device else None
+    return {
+        "worker": {
+            "host": {"bytes": prediction.host_bytes, "phase": host, "phases": prediction.host},
+            "device": {
+                "bytes": prediction.device_bytes,
+                "phase": device,
+                "phases": prediction.device,
+            },
+            "scratch_bytes": prediction.scratch,
+        },
+        "job": {
+            "object_store_bytes": prediction.object_store,
+            "store_bytes": prediction.store,
+            "network_bytes": prediction.network,
+            "seconds": {phase: round(s, 1) for phase, s in prediction.seconds.items()},
+        },
+        "rates": prediction.rates.said,
+        "hidden_states_on": prediction.states_on,
+        "notes": list(prepared.admitted.notes),
     }

@@ -1,7 +1,7 @@
 """The driver of one job: what comes after what, and the ledger's order.
 
-    survey -> lease -> begin -> quantize, block by block -> index and config -> evaluate -> report
-           -> manifest
+    probe, if asked -> survey -> lease -> begin -> quantize, block by block -> index and config
+           -> evaluate -> report -> manifest
 
 The ledger in the store is the only state. Whatever ends a job early, running it again takes it up
 after its last published block.
@@ -28,6 +28,7 @@ from orchestrator.identity import (
 from orchestrator.lease import Beat, Lease, take, watch
 from orchestrator.loop import Observer, Summaries, Timings, execute
 from orchestrator.merge import commit, write_model
+from orchestrator.probe import probe_task, refuse_misfit, scaled
 from orchestrator.report import make_report
 from orchestrator.scheduler import Work
 from orchestrator.statistics import refuse_other_model, write_index
@@ -86,6 +87,7 @@ def run_job(
     try:
         driver.timings.of_phase("start", driver.timings.started)
         observer.note("workers started", present=len(executor.present()))
+        driver.probe(executor)
         content = with_content(known, driver.survey(executor))
         if prepared.statistics is not None:
             refuse_other_model(prepared.statistics, content)
@@ -106,6 +108,18 @@ class _Driver:
     store: Store
     observer: Observer
     timings: Timings = field(default_factory=Timings)
+    probed: dict[str, Any] | None = None
+
+    def probe(self, executor: Executor) -> None:
+        """The worst block before all else, when asked. Raises ResourceError if it bodes ill."""
+        spec = self.prepared.spec
+        if not spec.workers.probe or spec.calibration is None:
+            return
+        task = probe_task(self.prepared)
+        done = self._work("probe", [Bag({"probe": task})], executor, 1)
+        self.probed = scaled(self.prepared, task, done["probe"]["probe"])
+        self.observer.note("probed", **self.probed)
+        refuse_misfit(self.prepared, self.probed)
 
     def survey(self, executor: Executor) -> dict[str, str]:
         """The hash of every tensor of the model."""
@@ -139,7 +153,7 @@ class _Driver:
             write_index(store, plan, content["model (content)"], _origin(prepared))
         files = write_model(store, prepared, records)
         metrics = self._evaluate(executor, lease)
-        report = make_report(prepared, records, metrics, self.timings.phases, self.timings.tasks)
+        report = make_report(prepared, records, metrics, self.timings, self.probed)
         lease.check()
         files[REPORT] = _put_report(store, report)
         commit(store, prepared.spec.name, files)

@@ -1,15 +1,11 @@
-"""Which of the machines that are there a job can use, and how many workers they carry."""
+"""Which of the machines that are there a job can use."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.spec import JobSpec
 from quantcore.errors import Fault, ResourceError, SourceError
 from workers.machine import Machine
-from workers.plan import Plan
-
-MOST_DEFAULT_WORKERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,41 +40,6 @@ def choose(machines: Sequence[Machine], wanted: str) -> Chosen:
     return Chosen(device, alike[0].kinds[device], alike)
 
 
-def worker_count(spec: JobSpec, plan: Plan, chosen: Chosen, need: int) -> tuple[int, list[Fault]]:
-    """How many workers to start: what the job says, or what machines and job carry."""
-    wanted = spec.workers
-    faults = []
-    allowed = wanted.memory_bytes()
-    if allowed is not None and need > allowed:
-        message = f"a worker is predicted to need {_gib(need)}: write memory: {_gib(need)}"
-        faults.append(Fault(field="workers.memory", message=message, kind=ResourceError))
-    most = plan.contract.chunks if plan.calibration is not None else len(plan.blocks)
-    here = "this machine has" if len(chosen.machines) == 1 else "the machines have"
-    free = max(machine.memory_free for machine in chosen.machines)
-    room = sum(machine.memory_free // need for machine in chosen.machines)
-    if room == 0:
-        message = f"a worker needs {_gib(need)} and {here} {_gib(free)} free"
-        faults.append(Fault(field="workers.memory", message=message, kind=ResourceError))
-    if wanted.count is None:
-        per_worker = wanted.threads if chosen.device == "cpu" else 1
-        fitting = sum(m.devices[chosen.device] // per_worker for m in chosen.machines)
-        return max(1, min(fitting, most, room, MOST_DEFAULT_WORKERS)), faults
-    if chosen.device != "cpu" and wanted.count > chosen.devices:
-        message = f"{here} {chosen.devices} {chosen.device} devices: write count: {chosen.devices}"
-        faults.append(Fault(field="workers.count", message=message, kind=ResourceError))
-    elif wanted.count > room > 0:
-        message = (
-            f"{wanted.count} workers of {_gib(need)} do not fit in the {_gib(free)} that are "
-            f"free: write count: {room}"
-        )
-        faults.append(Fault(field="workers.count", message=message, kind=ResourceError))
-    elif wanted.count > most:
-        what = "calibration sequences" if plan.calibration else "blocks"
-        message = f"only {most} workers can share these {what}: write count: {most}"
-        faults.append(Fault(field="workers.count", message=message))
-    return wanted.count, faults
-
-
 def unshared(machines: Sequence[Machine], places: dict[str, str]) -> list[Fault]:
     """Paths that not every machine sees alike; `places` names the field of each path."""
     faults = []
@@ -95,7 +56,3 @@ def unshared(machines: Sequence[Machine], places: dict[str, str]) -> list[Fault]
             faults.append(Fault(field=field, message=message, kind=SourceError))
             break
     return faults
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f}GiB"

@@ -29,19 +29,78 @@ def print_json(value: Any) -> None:
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """The plan, and what it is predicted to need: bytes at most, times about."""
     if as_json:
         print_json(plan)
         return
-    table = Table(show_header=False, box=None)
-    for label, count in plan["layers"].items():
-        table.add_row(f"{count} linears", label)
-    memory = sum(plan["worker_memory_bytes"].values()) / 2**30
     device = plan["device"]
-    table.add_row("blocks", f"{plan['blocks']} of {plan['model']}")
-    table.add_row("workers", f"{plan['workers']} on {device['device']} ({device['name']})")
-    table.add_row("memory", f"about {memory:.1f} GiB each")
-    table.add_row("store", escape(plan["store"]))
-    OUT.print(table)
+    layers = (f"{count} linears {label}" for label, count in plan["layers"].items())
+    lines = (
+        f"{plan['blocks']} blocks of {plan['model']}: {', '.join(layers)}",
+        f"{plan['workers']} workers on {device['device']} ({device['name']})",
+        f"store {plan['store']}",
+        *plan["predicted"]["notes"],
+    )
+    for line in lines:
+        OUT.print(escape(line), highlight=False, soft_wrap=True)
+    OUT.print(_needs(plan["predicted"], plan["workers"]))
+
+
+def _needs(predicted: dict[str, Any], workers: int) -> Table:
+    worker, job = predicted["worker"], predicted["job"]
+    table = Table("at most", "each worker", "whole job", "for", box=None, pad_edge=False)
+    for place in ("host", "device"):
+        need = worker[place]
+        if need["phase"] is not None:
+            parts = _largest(need["phases"][need["phase"]])
+            total = gib(workers * need["bytes"])
+            table.add_row(f"{place} memory", gib(need["bytes"]), total, f"{need['phase']}: {parts}")
+    for label, parts in (
+        ("object store", job["object_store_bytes"]),
+        ("scratch disk", worker["scratch_bytes"]),
+        ("store", job["store_bytes"]),
+        ("read and sent", job["network_bytes"]),
+    ):
+        total = sum(parts.values())
+        each = gib(total) if label == "scratch disk" else ""
+        whole = gib(workers * total) if label == "scratch disk" else gib(total)
+        table.add_row(label, each, whole, _largest(parts))
+    phases = ", ".join(f"{phase} {_time(s)}" for phase, s in job["seconds"].items())
+    whole = _time(sum(job["seconds"].values()))
+    table.add_row("time, about", "", whole, f"{phases}; by {predicted['rates']}")
+    return table
+
+
+def probe_line(facts: dict[str, Any]) -> str:
+    """What the probe found, beside what was predicted."""
+    memory = ", ".join(
+        f"{place} memory {gib(need['scaled'])} (predicted {gib(need['predicted'])})"
+        for place, need in facts["bytes"].items()
+    )
+    took = ", ".join(f"{step} {s:.2f} s" for step, s in facts["seconds"].items())
+    quantize = facts["quantize_seconds"]
+    return (
+        f"probe: block {facts['block']}: {took}; {memory}; quantizing takes about "
+        f"{_time(quantize['scaled'])} (predicted {_time(quantize['predicted'])})"
+    )
+
+
+def _largest(parts: dict[str, int]) -> str:
+    """The parts that matter, largest first."""
+    total = sum(parts.values())
+    found = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{part} {gib(size)}" for part, size in found if size > total / 100)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def gib(num_bytes: int) -> str:
+    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 // 10 else ("MiB", 2**20)
+    return f"{num_bytes / size:.1f}{unit}"
 
 
 def status_line(facts: dict[str, Any]) -> str:

@@ -17,10 +17,12 @@ from rich.progress import (
 
 from orchestrator.executors import Result
 from orchestrator.loop import Observer
+from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Evaluate, Publish, Round, Survey
+from workers.tasks import Evaluate, Probe, Publish, Round, Survey
 
 _LABELS = {
+    "probe": "trying the worst block",
     "survey": "reading the model",
     "quantize": "quantizing",
     "evaluate": "evaluating",
@@ -115,6 +117,8 @@ class Watcher(Observer):
                 f"another driver (on {facts['host']}, process {facts['pid']}) left no word: "
                 f"watching for {facts['seconds']:.0f} s whether it lives"
             )
+        elif event == "probed":
+            self._say(probe_line(facts))
         elif event == "worker lost":
             self._say(f"worker {facts['worker']} is lost ({facts['why']}); its work is dealt again")
         elif event == "memory ran out":
@@ -149,7 +153,7 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(assignment.task, Survey | Publish | Round | Evaluate)
+    return isinstance(assignment.task, Probe | Survey | Publish | Round | Evaluate)
 
 
 def _clock(seconds: float) -> str:

@@ -20,7 +20,7 @@ _HOW_TO_SIGN_IN = (
 )
 
 
-def embedded(*, cpus: int, gpus: int) -> Any:
+def embedded(*, cpus: int, gpus: int, object_store: int | None = None) -> Any:
     """A Ray that listens on this machine alone and phones nowhere.
 
     Despite its name, the second variable decides on Linux too whether a node may be joined from
@@ -35,6 +35,7 @@ def embedded(*, cpus: int, gpus: int) -> Any:
             address="local",
             num_cpus=cpus,
             num_gpus=gpus,
+            object_store_memory=object_store,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -137,6 +138,7 @@ def _as_ray_counts(machine: Machine, node: dict[str, Any]) -> Machine:
         devices=devices,
         kinds={device: machine.kinds[device] for device in devices},
         node_id=node["NodeID"],
+        object_store=int(resources.get("object_store_memory", 0)) or None,
     )
 
 

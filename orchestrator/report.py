@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.checks import Prepared, describe
+from orchestrator.loop import Timings
 
 VERSION = 1
 
@@ -12,8 +13,8 @@ def make_report(
     prepared: Prepared,
     records: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
-    phases: Mapping[str, float],
-    tasks: Mapping[str, tuple[int, float]],
+    timings: Timings,
+    probed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     layers = [line for record in records for line in record["layers"]]
     return {
@@ -31,10 +32,30 @@ def make_report(
             "source": sum(info.num_bytes for info in prepared.source.tensors.values()),
             "quantized": sum(record["size"] for record in records),
         },
+        "needs": _needs(prepared, timings),
+        "probe": probed,
         "evaluation": metrics,
-        "seconds": dict(phases),
+        "seconds": dict(timings.phases),
         "task_seconds": {
             kind: {"count": count, "mean": seconds / count, "total": seconds}
-            for kind, (count, seconds) in tasks.items()
+            for kind, (count, seconds) in timings.tasks.items()
         },
+    }
+
+
+def _needs(prepared: Prepared, timings: Timings) -> dict[str, Any]:
+    """What was predicted, and what it was. Workers of one process share its host memory."""
+    prediction = prepared.prediction
+    measured = {
+        place: max((peak.get(place, 0) for peak in timings.peaks.values()), default=0)
+        for place in ("host", "device")
+    }
+    return {
+        "host_bytes": {"predicted": prediction.host_bytes, "measured": measured["host"]},
+        "device_bytes": {"predicted": prediction.device_bytes, "measured": measured["device"]},
+        "seconds": {
+            phase: {"predicted": round(seconds, 1), "measured": timings.phases.get(phase)}
+            for phase, seconds in prediction.seconds.items()
+        },
+        "workers": {str(worker): peak for worker, peak in sorted(timings.peaks.items())},
     }

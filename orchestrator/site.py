@@ -44,7 +44,8 @@ class Site:
         ray = self.cluster
         if ray is None:
             gpus = 0 if prepared.device == "cpu" else count
-            ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus)
+            store = prepared.admitted.object_store
+            ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus, object_store=store)
         return RayExecutor(plan, wanted, ray)
 
     def _look_at_nodes(self, paths: Sequence[str]) -> list[Machine]:

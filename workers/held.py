@@ -32,7 +32,7 @@ class Held:
     def __init__(self, plan: Plan, model: BlockModel) -> None:
         self._plan = plan
         self._model = model
-        self._shelf = Shelf(model.device)
+        self._shelf = Shelf(model.device, plan.states_on)
         self._chunks: dict[int, _Chunk] = {}
 
     def block_of(self, chunk: int) -> int:

@@ -48,7 +48,7 @@ def device_count(device: str) -> int:
 
 @functools.cache
 def cpu_flops() -> dict[str, float]:
-    """Operations a second of matrix products on one core, by dtype. Takes some hundredths of one."""
+    """Operations a second of matrix products on one core, by dtype; measured in a moment."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -128,6 +128,7 @@ class Plan:
     statistics: tuple[dict[str, Any], ...] = ()  # what a job kept of each LinearGroup, in order
     shards: int = 1  # runs of blocks that are calibrated at once
     conditional_writes: bool = True  # of the store
+    states_on: str = ""  # where hidden states wait from the start (shelf.py); '' for the nearest
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 
+def places(device: str) -> list[str]:
+    """Where a worker on a device can keep hidden states, the nearest first."""
+    return ["host", "disk"] if device == "cpu" else ["device", "host", "disk"]
+
+
 class Shelf:
-    def __init__(self, device: torch.device) -> None:
+    """`first` is the place to begin with, if not the nearest."""
+
+    def __init__(self, device: torch.device, first: str = "") -> None:
         self._device = device
-        self._places = ["host", "disk"] if device.type == "cpu" else ["device", "host", "disk"]
+        self._places = places(device.type)
+        if first:
+            del self._places[: self._places.index(first)]
 
     @property
     def place(self) -> str:

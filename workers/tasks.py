@@ -173,8 +173,19 @@ class Evaluate:
     text: str | None  # what spec.text holds
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Try a block before the job begins, and tell what it took: see probing.py."""
+
+    block: int
+    chunks: tuple[int, ...]  # a whole node of the tree of sums, from 0 on
+    group: int  # the LinearGroup that is solved
+    tiles: tuple[tuple[int, int], ...]  # (stack, tile)
+
+
 Task = (
     Survey
+    | Probe
     | Embed
     | Hand
     | Take

@@ -18,6 +18,7 @@ from workers.held import Held, pack
 from workers.kind import make_repeatable
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
 from workers.plan import Plan
+from workers.probing import probe_block
 from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
 from workers.solving import solve_group
 from workers.sources import open_source
@@ -36,6 +37,7 @@ from workers.tasks import (
     Keep,
     Load,
     Outcome,
+    Probe,
     Publish,
     Quantize,
     Reduce,
@@ -99,6 +101,8 @@ class Worker:
         match task:
             case Survey(names):
                 return Outcome({"hashes": survey(self._source, names)})
+            case Probe():
+                return Outcome({"probe": probe_block(self._plan, self._model, task)})
             case Embed(chunks):
                 self._held.embed(chunks)
                 return Outcome()
