@@ -24,7 +24,7 @@ _DRIVER_LIBRARIES = 2 * GIB  # what CUDA or XPU adds to it
 _LIBRARIES_OF_EVALUATION = 320 * MIB
 _CONTEXT = 768 * MIB  # of a device, with the workspaces of its libraries
 _CRUMBS = 0.08  # of a device's memory, lost between allocations
-_SQUARES_OF_A_SOLVE = 10  # copies of one Hessian from its mean to its inverse's factor
+_SQUARES_OF_A_SOLVE = 11  # copies of one Hessian from its sums to its inverse's factor
 _COPIES_OF_A_TILE = 16  # of its float32 rows: ranges tried, codes, errors
 _WAITING = ("hand-overs", "boundaries")  # may as well be spilled by Ray
 

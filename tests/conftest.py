@@ -84,6 +84,17 @@ def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **sa
     return folder
 
 
+def save_wide_model(folder: Path, inner: int) -> Path:
+    """One block of a random llama, with a Hessian as wide as `inner`."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(7)
+    config = LlamaConfig(**{**_SHAPE, "num_hidden_layers": 1, "intermediate_size": inner})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _tokenizer() -> Any:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast

@@ -1,5 +1,8 @@
 """The same path on a CUDA device. Run with: pytest -m gpu"""
 
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from orchestrator.checks import check
 from orchestrator.driver import JobResult, run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer
-from tests.conftest import ARCHITECTURES
+from tests.conftest import ARCHITECTURES, save_wide_model
 from workers.blocks import BlockModel, run_block
 from workers.sources import open_source
 
@@ -81,3 +84,42 @@ def test_block_by_block_equals_the_whole_model(
     for index, call in enumerate(inputs.calls):
         hidden_BLH = run_block(model.block(index), call, hidden_BLH)
     assert torch.equal(model.logits(ids_BL, hidden_BLH), expected)
+
+
+def test_free_memory_of_a_device_is_told_without_a_context() -> None:
+    """In a process of its own, which has not touched the device."""
+    code = (
+        "from workers.machine import look; import torch; m = look([]);"
+        "print(m.device_free['cuda'][0], torch.cuda.get_device_properties(0).total_memory,"
+        "*torch.cuda.mem_get_info(0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    told, total, later, _ = map(int, done.stdout.split())
+    assert later < told <= total  # a context was made after, and took something
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_job_takes_no_more_of_a_device_than_predicted(
+    job_file: JobFile, tmp_path: Path, dtype: str
+) -> None:
+    model = save_wide_model(tmp_path / "wide", inner=8192)
+    job = job_file(
+        "job", model={"path": str(model)}, compute_dtype=dtype, workers={"probe": True, "count": 1}
+    )
+    report = run_on_gpu(job).report
+    predicted, measured = (
+        report["needs"]["device_bytes"][key] for key in ("predicted", "measured")
+    )
+    assert 2**30 < measured <= predicted <= 3 * measured
+    probed = report["probe"]["bytes"]["device"]
+    assert probed["measured"] <= probed["scaled"] <= predicted
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_hidden_states_may_wait_elsewhere_from_the_start(job_file: JobFile, place: str) -> None:
+    whole = model_bytes(run_on_gpu(job_file("whole", workers={})).store)
+    prepared = check(job_file("short", workers={}))
+    plan = dataclasses.replace(prepared.plan, states_on=place)
+    prepared = dataclasses.replace(prepared, plan=plan)
+    result = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cuda"]), Observer())
+    assert model_bytes(result.store) == whole

@@ -1,5 +1,10 @@
-"""Workers that run out of memory: hidden states move down, and the bytes stay the same."""
+"""Memory: what jobs take beside what was predicted; workers that run out of it go on.
 
+Hidden states then move down, and the bytes stay the same.
+"""
+
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,8 @@ from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer
 from quantcore.errors import ResourceError
+from tests.command import quantfleet_process
+from tests.conftest import save_wide_model
 from workers.blocks import run_block
 from workers.shelf import Shelf
 
@@ -86,3 +93,44 @@ def test_a_shelf_gives_back_what_was_put(dtype: torch.dtype) -> None:
     assert torch.equal(shelf.get(kept), hidden)
     assert kept.data_ptr() != hidden.data_ptr()
     assert not shelf.lower()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_process_takes_no_more_than_predicted_and_not_much_less(
+    job_file: JobFile, tmp_path: Path, dtype: str
+) -> None:
+    """Two worker processes on Hessians large enough to be seen beside the interpreter."""
+    model = save_wide_model(tmp_path / "wide", inner=4096)
+    quantization = {"scheme": "int4", "group_size": 32, "range": "minmax"}
+    job = job_file(
+        "job",
+        model={"path": str(model)},
+        quantization=quantization,
+        compute_dtype=dtype,
+        workers={"count": 2},
+    )
+    outcome = quantfleet_process("run", job, "--json")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)["report"]
+    predicted, measured = (report["needs"]["host_bytes"][key] for key in ("predicted", "measured"))
+    assert measured <= predicted <= 2.5 * measured
+    assert measured > 900 * 2**20  # or there was nothing to see
+    written = sum(f.stat().st_size for f in (tmp_path / "store").rglob("*") if f.is_file())
+    assert written <= sum(report["plan"]["predicted"]["job"]["store_bytes"].values())
+
+
+def test_hidden_states_may_wait_on_disk_from_the_start(job_file: JobFile) -> None:
+    whole = _run(job_file("whole"))
+    prepared = check(job_file("short"))
+    plan = dataclasses.replace(prepared.plan, states_on="disk")
+    prepared = dataclasses.replace(prepared, plan=plan)
+    result = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cpu"]), Observer())
+    assert {p.name: p.read_bytes() for p in (Path(result.store) / "model").iterdir()} == whole
+
+
+def test_a_shelf_may_begin_further_down() -> None:
+    shelf = Shelf(torch.device("cuda"), "host")
+    assert shelf.place == "host"
+    assert shelf.lower()
+    assert shelf.place == "disk"
+    assert not Shelf(torch.device("cpu"), "disk").lower()
