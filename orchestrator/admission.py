@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orchestrator.block import band_count
 from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
-from workers.plan import GroupPlan
+from workers.plan import SAMPLE_TOKENS, GroupPlan
 
 MIB = 2**20
 GIB = 2**30
@@ -180,7 +180,8 @@ def _solve(sizes: Sizes, index: int) -> Parts:
     candidates: list[Parts] = [{}]
     for group in groups:
         rows = sum(layer.out_features for layer in group.quantized())
-        square = FLOAT32 * group.in_features**2
+        square = FLOAT32 * group.in_features**2 if sizes.plan.summed(group) else 0
+        sampled = 4 * sizes.sample(group) * (1 + rows // max(group.in_features, 1))
         tile = FLOAT32 * group.in_features * min(rows, height)
         stored = sum(
             sizes.source.tensors[f"{layer.name}.weight"].num_bytes
@@ -191,7 +192,10 @@ def _solve(sizes: Sizes, index: int) -> Parts:
         candidates.append(
             {
                 "block": 2 * stored,
-                "solve": received + _SQUARES_OF_A_SOLVE * square + _COPIES_OF_A_TILE * tile,
+                "solve": received
+                + _SQUARES_OF_A_SOLVE * square
+                + _COPIES_OF_A_TILE * tile
+                + sampled,
                 "codes": 2 * rows * group.in_features,
                 "shared objects": received + rows * group.in_features,
             }
@@ -200,8 +204,12 @@ def _solve(sizes: Sizes, index: int) -> Parts:
 
 
 def received_bytes(sizes: Sizes, group: GroupPlan) -> int:
-    """Sums that come for one Hessian: everyone's, or in bands that are finished already."""
+    """What comes for one group: all sums as they are, or in bands that are finished already."""
     square = FLOAT32 * group.in_features**2
+    if sizes.plan.statistics:
+        return square + square // 2  # as stored, and unpacked
+    if not sizes.plan.summed(group):
+        return 2 * sizes.sample(group)
     return square if band_count(group.in_features, sizes.hands) > 1 else sizes.nodes * square
 
 
@@ -307,6 +315,9 @@ def _scratch(sizes: Sizes, states_on: str) -> Parts:
     files = [sizes.outside_published, *(sizes.block_published(index) for index in blocks)]
     if sizes.spec.evaluation is not None:
         files.append(sizes.artifact + 8 * sizes.spec.evaluation.max_characters)
+    widest = max(g.in_features for block in sizes.plan.blocks for g in block.groups)
+    if sizes.plan.keeps_statistics or sizes.plan.statistics:
+        files.append(FLOAT32 * widest * (widest // 2 + 2 * SAMPLE_TOKENS))
     parts = {"files on their way": max(files)}
     if sizes.plan.calibration is not None:
         parts["files on their way"] = max(*files, sizes.chunk)
@@ -322,6 +333,8 @@ def _store(sizes: Sizes, keeps: bool) -> Parts:
     parts = {"artifact": sizes.artifact + sizes.companions, "ledger": records}
     if sizes.spec.evaluation is not None:
         parts["ledger"] += 4 * sizes.spec.evaluation.max_characters
+    if sizes.statistics:
+        parts["statistics"] = sizes.statistics
     if keeps:
         parts["kept states"] = 2 * sizes.plan.shards * sizes.plan.contract.chunks * sizes.chunk
     return parts

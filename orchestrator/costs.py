@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.block import band_count
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
-from workers.plan import GroupPlan
+from workers.plan import SAMPLE_TOKENS, GroupPlan
 
 _READ_BYTES_PER_S = 250e6  # of weights, hashed or turned into the compute dtype, by one worker
 _PACKED_WEIGHTS_PER_S = 1e8  # codes to a file's bytes and back, by one worker
@@ -73,6 +73,9 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         read_s = 3 * sum(sizes.block_stored(index) for index in blocks) / _READ_BYTES_PER_S
         pack_s = sum(weights_of(block) for block in plan.blocks) / _PACKED_WEIGHTS_PER_S
         phases["quantize"] = (read_s + pack_s) / min(workers, len(blocks))
+    elif plan.statistics:
+        each_block = (sum(block_seconds(sizes, rates, index).values()) for index in blocks)
+        phases["quantize"] = sum(each_block) / min(workers, len(blocks))
     else:
         runs = [range(first, last) for first, last in plan.shard_ranges()]
         rounds = -(-plan.shards // workers)  # shards that one worker does one after the other
@@ -103,7 +106,8 @@ def block_seconds(sizes: Sizes, rates: Rates, index: int) -> dict[str, float]:
     forward = tokens * (2 * weights + attention) / rates.forward
     read = sizes.block_stored(index) / _READ_BYTES_PER_S
     quantized = [group for group in block.groups if group.quantized()]
-    grams = tokens * sum(group.in_features**2 for group in quantized) / rates.float32
+    summed = sum(group.in_features**2 for group in block.groups if plan.summed(group))
+    grams = tokens * summed / rates.float32
     return {
         "collect": read + forward + grams,
         "solve": sum(solve_seconds(sizes, rates, group) for group in quantized),
@@ -119,6 +123,9 @@ def solve_seconds(sizes: Sizes, rates: Rates, group: GroupPlan) -> float:
     mine = -(-tiles // sizes.hands)
     part = rows * mine / max(tiles, 1)
     width = float(group.in_features)
+    if not sizes.plan.summed(group):
+        tries = len(sizes.plan.smoothquant.alphas) if group.smoothed else 1
+        return tries * (2 * SAMPLE_TOKENS * rows * width / rates.float32)
     products = (width**3 + 6 * part * width**2) / rates.float32
     return products + mine * width * rates.column_s + part * width * rates.weight_s
 
@@ -131,7 +138,7 @@ def network_bytes(sizes: Sizes, keeps: bool) -> dict[str, int]:
     evaluations = 0
     if sizes.spec.evaluation is not None:
         evaluations = len(sizes.spec.evaluation.baselines) * sizes.model
-    published = {"to the store": sizes.artifact}
+    published = {"to the store": sizes.artifact + sizes.statistics}
     if plan.calibration is None:
         read = survey + 2 * sizes.model + evaluations
         from_store = sizes.artifact if sizes.spec.evaluation is not None else 0
@@ -148,7 +155,7 @@ def network_bytes(sizes: Sizes, keeps: bool) -> dict[str, int]:
     moved = 0
     for index in blocks if hands > 1 else ():
         for group in plan.blocks[index].groups:
-            if group.quantized():
+            if plan.summed(group):
                 size = sizes.group_bands(group)
                 wide = band_count(group.in_features, hands) > 1
                 moved += (sizes.nodes + hands) * size if wide else hands * sizes.nodes * size

@@ -113,7 +113,7 @@ class _Driver:
     def probe(self, executor: Executor) -> None:
         """The worst block before all else, when asked. Raises ResourceError if it bodes ill."""
         spec = self.prepared.spec
-        if not spec.workers.probe or spec.calibration is None:
+        if not spec.workers.probe or spec.calibration is None or self.prepared.statistics:
             return
         task = probe_task(self.prepared)
         done = self._work("probe", [Bag({"probe": task})], executor, 1)

@@ -29,9 +29,12 @@ from workers.tasks import (
     Hand,
     Keep,
     Load,
+    Probe,
     Publish,
+    Quantize,
     Reduce,
     Round,
+    Save,
     Solve,
     Survey,
     Sweep,
@@ -67,6 +70,9 @@ class OwnTime:
         return self._seconds
 
 
+_AT_THE_STORE = Publish | Round | Quantize | Save | Advance | Keep | Load
+
+
 class Judge:
     """Says which of the workers that still run are to be given up, and why."""
 
@@ -99,7 +105,7 @@ class Judge:
             return None
         limit = max(self._patience.shortest_s, self._patience.times_usual * usual)
         waits = FETCH_TIMEOUT_S if assignment.inputs else 0.0
-        if isinstance(assignment.task, Publish | Round | Advance | Keep | Load):
+        if isinstance(assignment.task, _AT_THE_STORE):
             waits += _STORE_WAITS_S
         if seconds <= waits + limit * self._more(assignment):
             return None
@@ -122,7 +128,7 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
     """What a task is compared by, and how many units it consists of; None: with no other."""
     kind = type(task).__name__
     match task:
-        case Survey() | Evaluate() | CopyOutside() | Sweep():
+        case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep():
             return None
         case Embed(chunks) | Hand(chunks) | Take(chunks) | Drop(chunks):
             return kind, _count(chunks)
@@ -138,9 +144,9 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
             stacks = plan.blocks[block].groups[group].stacks()
             alike = frozenset(_layer(stacks[stack][0]) for stack, _ in tiles)
             return (kind, alike), _count(tiles)
-        case Reduce(block, group):
+        case Reduce(block, group) | Save(block, group):
             return (kind, plan.blocks[block].groups[group].in_features), 1
-        case Publish(block) | Round(block):
+        case Publish(block) | Round(block) | Quantize(block):
             return (kind, _shape(plan, block)), 1
 
 

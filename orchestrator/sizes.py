@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.spec import JobSpec
+from jobs.spec import CalibrationSpec, JobSpec
 from orchestrator.block import band_count
-from quantcore.moments import band_rows, fixed_tree
+from quantcore.moments import band_rows
+from quantcore.tree import fixed_tree
 from workers.architecture import Architecture
-from workers.plan import BlockPlan, GroupPlan, LayerPlan, Plan
+from workers.plan import SAMPLE_TOKENS, BlockPlan, GroupPlan, LayerPlan, Plan
 from workers.sources import ModelSource
 
 FLOAT32 = 4
@@ -43,7 +44,9 @@ class Sizes:
 
     @property
     def hands(self) -> int:
-        """Workers of one shard."""
+        """Workers of one shard; of one block, where blocks do not wait for each other."""
+        if self.plan.statistics:
+            return 1
         return max(1, self.workers // self.plan.shards)
 
     @property
@@ -52,15 +55,19 @@ class Sizes:
         chunks = self.plan.contract.chunks
         return chunks if self.hands == 1 else min(chunks, -(-chunks // self.hands) + 1)
 
+    @property
+    def _calibration(self) -> CalibrationSpec | None:
+        """None where no texts are run, since another job's statistics stand for them."""
+        return None if self.plan.statistics else self.plan.calibration
+
     @cached_property
     def tokens(self) -> int:
-        calibration = self.plan.calibration
-        return calibration.sequences * calibration.length if calibration else 0
+        return self._calibration.sequences * self._calibration.length if self._calibration else 0
 
     @cached_property
     def batch_tokens(self) -> int:
-        calibration = self.plan.calibration
-        return self.plan.contract.micro_batch * calibration.length if calibration else 0
+        length = self._calibration.length if self._calibration else 0
+        return self.plan.contract.micro_batch * length
 
     @cached_property
     def chunk(self) -> int:
@@ -150,21 +157,34 @@ class Sizes:
 
     def squares(self, index: int) -> int:
         """All of a block's, each as a whole square."""
-        return sum(group.in_features**2 for group in _quantized(self.plan, index)) * FLOAT32
+        return sum(group.in_features**2 for group in _summed(self.plan, index)) * FLOAT32
 
     def widest(self, index: int) -> int:
         """The widest of a block's, as a whole square."""
-        widths = [group.in_features for group in _quantized(self.plan, index)]
+        widths = [group.in_features for group in _summed(self.plan, index)]
         return max(widths, default=0) ** 2 * FLOAT32
 
     def bands(self, index: int) -> int:
         """All of a block's as they are sent: the rows of each lower triangle in its bands."""
-        return sum(self.group_bands(group) for group in _quantized(self.plan, index))
+        return sum(self.group_bands(group) for group in _summed(self.plan, index))
 
     def group_bands(self, group: GroupPlan) -> int:
         count = band_count(group.in_features, self.hands)
         rows = band_rows(group.in_features, count)
         return sum((last - first) * last for first, last in rows) * FLOAT32
+
+    def sample(self, group: GroupPlan) -> int:
+        """The tokens that are kept of a group's inputs, where its ranges are wanted."""
+        return FLOAT32 * SAMPLE_TOKENS * group.in_features if self.plan.ranged(group) else 0
+
+    @property
+    def statistics(self) -> int:
+        """What is kept for later jobs: each group's lower triangle, ranges and sample."""
+        if not self.plan.keeps_statistics:
+            return 0
+        groups = [group for block in self.plan.blocks for group in block.groups]
+        triangles = sum(g.in_features * (g.in_features + 1) // 2 * FLOAT32 for g in groups)
+        return triangles + sum(self.sample(g) + 2 * FLOAT32 * g.in_features for g in groups)
 
     @cached_property
     def nodes(self) -> int:
@@ -220,8 +240,8 @@ def weights_of(block: BlockPlan) -> int:
     return sum(layer.out_features * layer.in_features for g in block.groups for layer in g.layers)
 
 
-def _quantized(plan: Plan, index: int) -> list[GroupPlan]:
-    return [group for group in plan.blocks[index].groups if group.quantized()]
+def _summed(plan: Plan, index: int) -> list[GroupPlan]:
+    return [group for group in plan.blocks[index].groups if plan.summed(group)]
 
 
 def _prefix(block: BlockPlan, index: int) -> str:

@@ -16,7 +16,7 @@ from orchestrator.machines import choose
 from orchestrator.planning import make_plan, plan_layers
 from orchestrator.sizes import Sizes, quantized_bytes
 from quantcore.errors import Fault, ResourceError, StoreError
-from quantcore.moments import MomentTree
+from quantcore.moments import moment_tree
 from quantcore.schemes import Scheme
 from tests.samples import architecture, job_spec
 from workers.architecture import Architecture
@@ -247,7 +247,7 @@ def test_nodes_are_those_of_the_real_tree(hands: int) -> None:
     sizes = Sizes(wanted.spec, wanted.plan, wanted.architecture, wanted.source, hands)
     growing, held = [], []
     for run in sizes._runs():
-        tree = MomentTree(wanted.plan.contract.chunks, 1, torch.device("cpu"))
+        tree = moment_tree(wanted.plan.contract.chunks, 1, torch.device("cpu"))
         for chunk in run:
             tree.add(chunk, torch.ones(1, 1))
             growing.append(len(tree.nodes))

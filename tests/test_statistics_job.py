@@ -192,3 +192,15 @@ class TestRefusals:
         run_here(job_file("next", quantization=INT4, **from_statistics(kept)))
         with pytest.raises(SpecError, match=r"calibration.statistics: this job was begun"):
             run_here(job_file("next", quantization=INT4, **from_statistics(others)))
+
+
+def test_what_they_take_in_the_store_is_predicted(keeping: JobFile) -> None:
+    prepared = check(keeping("kept"))
+    predicted = prepared.prediction.store["statistics"]
+    files = list((Path(run_here(keeping("kept")).store) / "statistics").glob("*.safetensors"))
+    taken = sum(file.stat().st_size for file in files)
+    headers = 1024 * len(files)
+    # the texts are so short here that the sample falls short of what is usual
+    assert taken - headers < predicted
+    sample = sum(load_file(file)["sample"].nbytes for file in files)
+    assert predicted < taken - sample + 12 * 2**20

@@ -19,7 +19,8 @@ from workers.collecting import Collector
 from workers.held import Held
 from workers.plan import Plan
 from workers.solving import solve_group
-from workers.tasks import BandMoments, Probe, Solve
+from workers.statistics import whole
+from workers.tasks import BandMoments, InputRanges, Probe, Solve
 
 
 def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
@@ -45,11 +46,11 @@ def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
     with measured("load"):
         block = model.block(task.block)
     prefix = model.prefix(task.block)
-    collector = Collector(block, prefix, plan.blocks[task.block], plan.contract.chunks, device)
+    collector = Collector(block, prefix, plan, task.block, device)
     with measured("collect"):
         for chunk in task.chunks:
-            collector.run(chunk, task.block, held.at(chunk, 0))
-        bands = collector.parts((1,) * len(groups))
+            collector.run(chunk, held.at(chunk, 0))
+        parts = collector.parts((1,) * len(groups))
     del collector
     block = model.block(task.block)  # without the hooks
     with measured("advance"):
@@ -58,10 +59,14 @@ def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
                 run_block(block, inputs.calls[task.block], inputs.hidden_BLH)
     del block
     solve = Solve(task.block, task.group, task.tiles)
-    sums = _as_if_all(bands[task.group], plan.contract.chunks)
-    del bands
+    owners = [number for number, group in enumerate(groups) if plan.summed(group)]
+    owners += [number for number, group in enumerate(groups) if plan.ranged(group)]
+    collected = [p for p, number in zip(parts, owners, strict=True) if number == task.group]
+    del parts
     with measured("solve"):
-        solved = solve_group(plan, solve, [sums], model.source, device)
+        chunks = plan.contract.chunks
+        known = whole((_as_if_all(part, chunks) for part in collected), chunks, device)
+        solved = solve_group(plan, solve, known, model.source, device)
     room = None
     if device.type != "cpu":
         part: Any = getattr(torch, device.type)
@@ -70,10 +75,13 @@ def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
     return {"seconds": seconds, "peaks": peaks, "device_room": room, "fallback": fallback}
 
 
-def _as_if_all(band: BandMoments, chunks: int) -> BandMoments:
-    """The sums of a few chunks in the place of all chunks' sums."""
-    (sums,) = band.nodes.values()
-    return BandMoments(band.first_row, {(0, chunks): sums})
+def _as_if_all(part: BandMoments | InputRanges, chunks: int) -> BandMoments | InputRanges:
+    """What a few chunks came to in the place of what all come to."""
+    if isinstance(part, BandMoments):
+        (sums,) = part.nodes.values()
+        return BandMoments(part.first_row, {(0, chunks): sums})
+    (ranges,) = part.nodes.values()
+    return InputRanges({(0, chunks): ranges})
 
 
 def _forget_peaks(device: torch.device) -> None:
