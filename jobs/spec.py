@@ -188,7 +188,7 @@ class CalibrationSpec(_Section):
 
 class WorkersSpec(_Section):
     count: Annotated[int, Field(gt=0)] | None = None  # None: what this machine carries
-    kind: Literal["auto", "cpu", "cuda", "xpu"] = "auto"
+    kind: Literal["auto", "cpu", "cuda", "xpu", "mixed"] = "auto"
     cpus: Annotated[float, Field(gt=0)] | None = None  # per worker; None: as many as threads
     threads: Annotated[int, Field(gt=0)] = 1  # per worker; part of the contract of bits
     losses_per_day: Annotated[float, Field(ge=0)] = 1.0  # of a worker: how often to keep states

@@ -14,26 +14,37 @@ def name_of(assignment: Assignment) -> str:
 
 
 class Bag:
-    """The tasks by name, dealt in the order given. None of them has parts that others read."""
+    """The tasks by name, dealt in the order given. None of them has parts that others read.
 
-    def __init__(self, tasks: Mapping[str, Task]) -> None:
+    `heavy` ones are not given to a worker that takes longer for one than the fastest for all.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], *, heavy: bool = False) -> None:
         self._left = dict(tasks)
+        self._heavy = heavy
+        self._speeds: dict[int, float] = {}
         self._tries: dict[str, int] = {}  # of those that came back
         self._running: dict[str, tuple[str, Task]] = {}
 
-    def joined(self, worker: int) -> None: ...
+    def joined(self, worker: int, speed: float) -> None:
+        self._speeds[worker] = speed
 
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
+        self._speeds.pop(worker, None)
         return []
 
     def offer(self, worker: int) -> Assignment | None:
-        if not self._left:
+        if not self._left or (self._heavy and self._too_slow(worker)):
             return None
         name, task = next(iter(self._left.items()))
         del self._left[name]
         again = f"{_AGAIN}{self._tries[name]}" if name in self._tries else ""
         self._running[name + again] = (name, task)
         return Assignment(id=name + again, task=task)
+
+    def _too_slow(self, worker: int) -> bool:
+        left = len(self._left) + len(self._running)
+        return max(self._speeds.values()) > left * self._speeds[worker]
 
     def finished(self, assignment: str, seconds: float) -> list[str]:
         del self._running[assignment]

@@ -90,13 +90,24 @@ class BlockWork:
         self.collects.append(step)
         return self._start(step, parts=sum(self._bands) + len(self._ranged))
 
-    def offer(self) -> Assignment | None:
-        """What anyone could do now, the dearest first: the others wait for it."""
+    @property
+    def solves_left(self) -> int:
+        return sum(step.done is None for step in self.solves)
+
+    def offer(self, *, solves: bool = True) -> Assignment | None:
+        """What anyone could do now, the dearest first: the others wait for it.
+
+        Who would take longer for one solve than another for all of them is offered none.
+        """
         if all(step.done is not None for step in self._readers()):
             solved = [(_done(step), 0) for step in self.solves]
             return self._start(self.publish, solved) if self.publish.waiting else None
         for step in self._readers():
             if not step.waiting:
+                continue
+            if isinstance(step.task, Solve) and not solves:
+                if (assignment := self._reduce(step)) is not None:
+                    return assignment
                 continue
             if (inputs := self._statistics(step)) is not None:
                 return self._start(step, inputs, parts=isinstance(step.task, Solve))

@@ -98,9 +98,9 @@ class Shard:
     def blocks_left(self) -> int:
         return len(self._left)
 
-    def joined(self, worker: int) -> None:
+    def joined(self, worker: int, speed: float = 1.0) -> None:
         self._changed()
-        self._holdings.joined(worker)
+        self._holdings.joined(worker, speed)
 
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
         """Whoever it worked for: its results may be of use here."""
@@ -195,11 +195,14 @@ class Shard:
                 shard.version += 1
 
     def _offer_step(self, worker: int, block: BlockWork) -> Assignment | None:
+        slow = self._holdings.slowness(worker) > block.solves_left
         if self._nothing_at == self.version:  # the answer to another worker, the same for all
             return None
-        assignment = block.offer()
-        if assignment is None:
+        assignment = block.offer(solves=not slow)
+        if assignment is None and not slow:
             self._nothing_at = self.version
+        elif assignment is None:
+            return None
         else:
             self._given[assignment.id] = (worker, block)
         return assignment

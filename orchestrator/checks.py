@@ -15,10 +15,11 @@ from torch import Tensor
 from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import JobSpec
 from orchestrator.admission import Prediction, peak
-from orchestrator.fitting import Admission, Admitted, Job
-from orchestrator.machines import choose, unshared
+from orchestrator.fitting import Admitted, Job
+from orchestrator.machines import choose_fleet, unshared
 from orchestrator.planning import make_plan, plan_layers
 from orchestrator.statistics import Statistics, read_index
+from orchestrator.team import Team, admit_team
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
@@ -26,7 +27,7 @@ from workers.capacity import Disk, disk
 from workers.evaluate import read_text, unknown_tasks
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
-from workers.plan import Plan
+from workers.plan import MIXED, Plan
 from workers.sources import ModelSource, open_source
 from workers.store import LocalStore, missing_parents, open_store, probe
 
@@ -41,10 +42,19 @@ class Prepared:
     plan: Plan
     source: ModelSource
     architecture: Architecture
-    device: str
-    admitted: Admitted
+    team: Team
     tokens_digest: str | None  # of the calibration's token ids
     statistics: Statistics | None = None  # that stand for texts
+
+    @property
+    def device(self) -> str:
+        """The fastest that it computes on."""
+        return self.team.devices[0]
+
+    @property
+    def admitted(self) -> Admitted:
+        """Of the fastest kind."""
+        return self.team.parts[0][1]
 
     @property
     def prediction(self) -> Prediction:
@@ -52,7 +62,7 @@ class Prepared:
 
     @property
     def workers(self) -> int:
-        return self.prediction.workers
+        return len(self.team.devices)
 
 
 class _Findings:
@@ -122,8 +132,8 @@ def prepare(
         places |= mark
         machines = look_at(list(places))
     findings.add(*unshared(machines, places))
-    chosen = findings.attempt("workers.kind", lambda: choose(machines, spec.workers.kind))
-    if chosen and chosen.device == "cpu" and spec.compute_dtype == "float16":
+    fleet = findings.attempt("workers.kind", lambda: choose_fleet(machines, spec.workers.kind))
+    if fleet and any(c.device == "cpu" for c in fleet) and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
     windows = _calibration(spec, source, architecture, findings)
@@ -135,7 +145,7 @@ def prepare(
         findings.attempt(
             "output.store", lambda: probe(open_store(store, conditional_writes=conditional))
         )
-    plan, admitted = None, None
+    plan, team = None, None
     if source and architecture:
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
@@ -144,25 +154,25 @@ def prepare(
             raise JobFaults(str(document.path), findings.faults)
         blocks, head, layer_faults = plan_layers(spec, architecture)
         findings.add(*layer_faults)
-        if chosen and not layer_faults:
-            kind, records = chosen.kind, statistics.records if statistics else ()
+        if fleet and not layer_faults:
+            kind = MIXED if spec.workers.kind == "mixed" else fleet[0].kind
+            records = statistics.records if statistics else ()
             plan = make_plan(spec, blocks, head, kind, windows, records)
             again = lambda other: make_plan(other, blocks, head, kind)  # noqa: E731
             job = Job(spec, plan, architecture, source, again)
-            admitted, lacking = Admission(job, chosen, _store_disk(spec)).admit()
+            team, lacking = admit_team(job, fleet, _store_disk(spec))
             findings.add(*lacking)
-            plan = dataclasses.replace(plan, states_on=admitted.prediction.states_on)
+            plan = dataclasses.replace(plan, states_on=team.states_on)
     if findings.faults:
         raise JobFaults(str(document.path), findings.faults)
     assert plan is not None and source is not None and architecture is not None
-    assert chosen is not None and admitted is not None
+    assert team is not None
     return Prepared(
         spec=spec,
         plan=plan,
         source=source,
         architecture=architecture,
-        device=chosen.device,
-        admitted=admitted,
+        team=team,
         tokens_digest=None if windows is None else digest(windows),
         statistics=statistics,
     )
@@ -280,7 +290,10 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "model": prepared.architecture.model_type,
         "blocks": len(prepared.plan.blocks),
         "layers": schemes,
-        "device": contract.kind,
+        "devices": [
+            {**chosen.kind, "workers": admitted.prediction.workers}
+            for chosen, admitted in prepared.team.parts
+        ],
         "workers": prepared.workers,
         "threads": contract.threads,
         "micro_batch": contract.micro_batch,

@@ -82,7 +82,7 @@ def run_job(
 
     left = watch(store, beat, waiting)  # before anything is started for it
     driver = _Driver(prepared, store, observer)
-    observer.note("workers starting", count=prepared.workers, device=prepared.device)
+    observer.note("workers starting", devices=list(prepared.team.devices))
     executor = start_workers(plan)
     try:
         driver.timings.of_phase("start", driver.timings.started)
@@ -116,7 +116,7 @@ class _Driver:
         if not spec.workers.probe or spec.calibration is None or self.prepared.statistics:
             return
         task = probe_task(self.prepared)
-        done = self._work("probe", [Bag({"probe": task})], executor, 1)
+        done = self._work("probe", [Bag({"probe": task}, heavy=True)], executor, 1)
         self.probed = scaled(self.prepared, task, done["probe"]["probe"])
         self.observer.note("probed", **self.probed)
         refuse_misfit(self.prepared, self.probed)
@@ -169,7 +169,9 @@ class _Driver:
         tasks: dict[str, Task] = {
             f"evaluate/{name}": Evaluate(name, spec, text) for name in variants
         }
-        measured = self._work("evaluate", [Bag(tasks)], executor, len(tasks), lease=lease)
+        measured = self._work(
+            "evaluate", [Bag(tasks, heavy=True)], executor, len(tasks), lease=lease
+        )
         return {name: measured[f"evaluate/{name}"]["metrics"] for name in variants}
 
     def _work(

@@ -62,6 +62,10 @@ class Executor(Protocol):
         """The workers that are there now."""
         ...
 
+    def speed(self, worker: int) -> float:
+        """How fast a worker is beside the others, as measured when it started."""
+        ...
+
     def submit(self, worker: int, assignment: Assignment) -> None: ...
     def next_news(self) -> News:
         """Wait for something to happen. Raises ResourceError if nothing can: nobody is there."""
@@ -92,6 +96,9 @@ class InProcessExecutor:
 
     def present(self) -> tuple[int, ...]:
         return tuple(self._workers)
+
+    def speed(self, worker: int) -> float:
+        return self._workers[worker].speed
 
     def submit(self, worker: int, assignment: Assignment) -> None:
         self._queue.append((worker, assignment))

@@ -27,6 +27,7 @@ class Pace:
     """How long one worker takes for one chunk, in seconds, by kind of task."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    speed: float = 1.0  # beside the others, as measured before it did anything
 
     def note(self, kind: str, seconds_per_chunk: float) -> None:
         before = self.seconds.get(kind, seconds_per_chunk)
@@ -44,8 +45,8 @@ class Holdings:
         self.chunks = [Chunk(number) for number in range(chunks)]
         self.paces: dict[int, Pace] = {}
 
-    def joined(self, worker: int) -> None:
-        self.paces[worker] = Pace()
+    def joined(self, worker: int, speed: float = 1.0) -> None:
+        self.paces[worker] = Pace(speed=speed)
 
     def lost(self, worker: int) -> None:
         self.paces.pop(worker, None)
@@ -80,10 +81,7 @@ class Holdings:
 
     def quotas(self) -> dict[int, int]:
         """Whole chunks for each worker in proportion to its speed (largest remainders)."""
-        paces = {worker: pace.per_block() for worker, pace in self.paces.items()}
-        known = [pace for pace in paces.values() if pace]
-        usual = sum(known) / len(known) if known else 1.0
-        speeds = {worker: 1 / (pace or usual) for worker, pace in paces.items()}
+        speeds = {worker: 1 / seconds for worker, seconds in self.expected().items()}
         total = sum(speeds.values())
         exact = {worker: len(self.chunks) * speed / total for worker, speed in speeds.items()}
         quotas = {worker: int(share) for worker, share in exact.items()}
@@ -93,6 +91,18 @@ class Holdings:
             quotas[worker] += 1
         return quotas
 
+    def expected(self) -> dict[int, float]:
+        """Seconds of each worker for a chunk of a block: as seen, or else as its speed has it."""
+        seen = {worker: pace.per_block() for worker, pace in self.paces.items()}
+        work = [seconds * self.paces[w].speed for w, seconds in seen.items() if seconds]
+        usual = sum(work) / len(work) if work else 1.0
+        return {w: seen[w] or usual / pace.speed for w, pace in self.paces.items()}
+
+    def slowness(self, worker: int) -> float:
+        """How many times as long as the fastest a worker takes."""
+        expected = self.expected()
+        return expected[worker] / min(expected.values())
+
     def rebalance(self, blocks_left: int, seconds_to_move: float) -> None:
         """Name heirs where moving chunks now pays within the blocks that are left.
 
@@ -101,11 +111,9 @@ class Holdings:
         """
         quotas = self.quotas()
         held = {worker: self.held(worker) for worker in self.paces}
-        known = [p for p in (pace.per_block() for pace in self.paces.values()) if p]
-        if not known or len(quotas) < 2:
+        if not any(pace.per_block() for pace in self.paces.values()) or len(quotas) < 2:
             return
-        usual = sum(known) / len(known)
-        paces = {worker: pace.per_block() or usual for worker, pace in self.paces.items()}
+        paces = self.expected()
         now = max(len(held[worker]) * paces[worker] for worker in quotas)
         then = max(quotas[worker] * paces[worker] for worker in quotas)
         surplus = {w: held[w][quotas[w] :] for w in quotas if len(held[w]) > quotas[w]}

@@ -97,7 +97,8 @@ def execute(
     """
     scheduler = Scheduler(works)
     state = _Execution(executor, observer, timings)
-    event: Event = Joined(executor.present())
+    present = executor.present()
+    event: Event = Joined(present, tuple(executor.speed(worker) for worker in present))
     executor.on_progress = state.progressed
     while True:
         for instruction in scheduler.handle(event):
@@ -139,7 +140,7 @@ class _Execution:
         match news:
             case Arrival(worker):
                 note("worker joined", worker=worker, present=present)
-                return Joined((worker,))
+                return Joined((worker,), (self.executor.speed(worker),))
             case Loss(worker, error, parts_kept):
                 note("worker lost", worker=worker, present=present, why=str(error))
                 self.failure = error

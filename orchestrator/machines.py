@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from quantcore.errors import Fault, ResourceError, SourceError
 from workers.machine import Machine
 
+_FASTEST_FIRST = ("cuda", "xpu", "cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -26,7 +28,7 @@ def choose(machines: Sequence[Machine], wanted: str) -> Chosen:
 
     One kind computes one job, because another may round other bits.
     """
-    present = [d for d in ("cuda", "xpu", "cpu") if any(d in m.devices for m in machines)]
+    present = [d for d in _FASTEST_FIRST if any(d in m.devices for m in machines)]
     if wanted != "auto" and wanted not in present:
         where = "on this machine; it has" if len(machines) == 1 else "in this cluster; it has"
         raise ResourceError(f"workers.kind: no {wanted} device {where}: {', '.join(present)}")
@@ -38,6 +40,26 @@ def choose(machines: Sequence[Machine], wanted: str) -> Chosen:
     usual = count.most_common(1)[0][0]
     alike = tuple(m for m in having if repr(sorted(m.kinds[device].items())) == usual)
     return Chosen(device, alike[0].kinds[device], alike)
+
+
+def choose_fleet(machines: Sequence[Machine], wanted: str) -> tuple[Chosen, ...]:
+    """What a job computes on: one kind, or with `mixed` every kind that there is, fastest first.
+
+    In a mixed fleet a machine with accelerators gives those, and its cores are left to feed them.
+    """
+    if wanted != "mixed":
+        return (choose(machines, wanted),)
+    alike: dict[tuple[int, str], list[tuple[str, Machine]]] = {}
+    for machine in machines:
+        present = [device for device in _FASTEST_FIRST if device in machine.devices]
+        for device in [d for d in present if d != "cpu"] or present:
+            kind = repr(sorted(machine.kinds[device].items()))
+            place = (_FASTEST_FIRST.index(device), kind)
+            alike.setdefault(place, []).append((device, machine))
+    return tuple(
+        Chosen(members[0][0], members[0][1].kinds[members[0][0]], tuple(m for _, m in members))
+        for _, members in sorted(alike.items(), key=lambda item: item[0])
+    )
 
 
 def unshared(machines: Sequence[Machine], places: dict[str, str]) -> list[Fault]:

@@ -82,9 +82,10 @@ class Judge:
         self._longest: dict[Hashable, tuple[float, float]] = {}  # of one task, and per unit
         self._losses: Counter[Hashable] = Counter()  # by step
 
-    def finished(self, assignment: Assignment, seconds: float) -> None:
+    def finished(self, assignment: Assignment, seconds: float, device: str = "") -> None:
+        """Tasks are compared with those of the same device alone."""
         if (found := _comparable(self._plan, assignment.task)) is not None:
-            key, units = found
+            key, units = (device, found[0]), found[1]
             whole, each = self._longest.get(key, (0.0, 0.0))
             self._longest[key] = (max(whole, seconds), max(each, seconds / units))
 
@@ -98,9 +99,9 @@ class Judge:
         doing = f" at {assignment.id}" if assignment else ""
         return f"it does not answer: {seconds:.0f} s of silence{doing}"
 
-    def slow(self, assignment: Assignment, seconds: float) -> str | None:
+    def slow(self, assignment: Assignment, seconds: float, device: str = "") -> str | None:
         """A task has run for so long. What it may wait for by itself is not held against it."""
-        usual = self._usual_s(assignment.task)
+        usual = self._usual_s(assignment.task, device)
         if usual is None:
             return None
         limit = max(self._patience.shortest_s, self._patience.times_usual * usual)
@@ -111,12 +112,12 @@ class Judge:
             return None
         return f"it hangs: {seconds:.0f} s at {assignment.id}, where {usual:.1f} s were the longest"
 
-    def _usual_s(self, task: Task) -> float | None:
+    def _usual_s(self, task: Task, device: str) -> float | None:
         """The longest that was seen, by chunk or tile where that is longer; None before any."""
         found = _comparable(self._plan, task)
-        if found is None or found[0] not in self._longest:
+        if found is None or (device, found[0]) not in self._longest:
             return None
-        whole, each = self._longest[found[0]]
+        whole, each = self._longest[device, found[0]]
         return max(whole, each * found[1])
 
     def _more(self, assignment: Assignment | None) -> float:

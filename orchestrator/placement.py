@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from workers.machine import Machine
+from workers.plan import MIXED
 
 _NODE = "ray.io/node-id"
 _NO_NODE = "none"
@@ -18,6 +19,8 @@ def of_another_kind(
     machines: Iterable[Machine], device: str, kind: Mapping[str, str]
 ) -> frozenset[str]:
     """The nodes of a cluster that a job of this kind can have no workers on."""
+    if kind == MIXED:
+        return frozenset()
     return frozenset(m.node_id for m in machines if m.node_id and m.kinds.get(device) != kind)
 
 

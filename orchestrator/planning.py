@@ -25,7 +25,7 @@ from workers.plan import (
     SmoothquantConfig,
 )
 
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384}
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384, "mixed": 4096}
 CHUNKS = 16  # at most this many workers share one calibration
 ROW_TILE = 1024
 

@@ -33,11 +33,11 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
-    device = plan["device"]
+    team = (f"{d['workers']} workers on {d['device']} ({d['name']})" for d in plan["devices"])
     layers = (f"{count} linears {label}" for label, count in plan["layers"].items())
     lines = (
         f"{plan['blocks']} blocks of {plan['model']}: {', '.join(layers)}",
-        f"{plan['workers']} workers on {device['device']} ({device['name']})",
+        *team,
         f"store {plan['store']}",
         *plan["predicted"]["notes"],
     )

@@ -1,6 +1,7 @@
 """What a person sees of a running job: bars at a terminal, plain lines everywhere else."""
 
 import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -109,7 +110,9 @@ class Watcher(Observer):
         if self._quiet:
             return
         if event == "workers starting":
-            self._say(f"starting {facts['count']} {facts['device']} workers")
+            counts = Counter(facts["devices"])
+            told = " and ".join(f"{count} {device}" for device, count in counts.items())
+            self._say(f"starting {told} workers")
         elif event == "finished already":
             self._say("a finished job of this name is there: reading the model to compare")
         elif event == "another driver was here":

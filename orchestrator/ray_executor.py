@@ -26,8 +26,7 @@ from workers.plan import Plan
 class Wanted:
     """The workers that a job asks for, and where it knows that it can have none."""
 
-    count: int
-    device: str
+    devices: tuple[str, ...]  # of each worker
     cpus: float
     memory: int | None = None
     all_at_once: bool = True  # on this machine; a cluster's may come one by one
@@ -37,10 +36,14 @@ class Wanted:
     patience: Patience = field(default_factory=Patience)
     refused: frozenset[str] = frozenset()  # nodes, by Ray's ids
 
-    def asks(self) -> dict[str, float]:
-        """What each takes of a node, as Ray counts it: Intel's GPUs are GPUs too."""
+    @property
+    def count(self) -> int:
+        return len(self.devices)
+
+    def asks(self, device: str) -> dict[str, float]:
+        """What a worker takes of a node, as Ray counts it: Intel's GPUs are GPUs too."""
         memory = {} if self.memory is None else {"memory": float(self.memory)}
-        gpus = {} if self.device == "cpu" else {"GPU": 1.0}
+        gpus = {} if device == "cpu" else {"GPU": 1.0}
         return {"CPU": self.cpus, **gpus, **memory}
 
 
@@ -49,6 +52,8 @@ class _Member:
     actor: Any
     watch: Any  # a reference that becomes an error when the actor dies
     node: str
+    device: str
+    speed: float
     pulse: Any = None  # asked for, and not answered yet
     asked: float = 0.0  # when it was asked for last
     asked_at: str = ""  # which assignment
@@ -58,6 +63,7 @@ class _Member:
 class _Start:
     number: int
     actor: Any
+    device: str
     target: str | None  # the node it was asked for on
 
 
@@ -98,6 +104,9 @@ class RayExecutor:
 
     def present(self) -> tuple[int, ...]:
         return tuple(self._members)
+
+    def speed(self, worker: int) -> float:
+        return self._members[worker].speed
 
     def submit(self, worker: int, assignment: Assignment) -> None:
         inputs = [self._refs[source][part] for source, part in assignment.inputs]
@@ -146,11 +155,11 @@ class RayExecutor:
         self._starting.clear()
         self._ray.shutdown()
 
-    def _hire(self) -> None:
+    def _hire(self, device: str) -> None:
         """Ask Ray for one more worker; `_arrive` hears when it is there."""
         wanted = self._wanted
         threads = str(self._plan.contract.threads)
-        asks = wanted.asks()
+        asks = wanted.asks(device)
         taken = Counter(member.node for member in self._members.values())
         taken.update(start.target for start in self._starting.values() if start.target)
         nodes = [node for node in self._ray.nodes() if node["NodeID"] not in self._refused]
@@ -169,15 +178,15 @@ class RayExecutor:
         actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
         if self._sent is None:
             self._sent = self._ray.put(self._plan)  # once, while there is room for it
-        start = actor.start.remote(self._sent, wanted.device)
-        self._starting[start] = _Start(self._hired, actor, target)
+        start = actor.start.remote(self._sent, device)
+        self._starting[start] = _Start(self._hired, actor, device, target)
         self._hired += 1
 
     def _assemble(self) -> None:
         """Wait for the first workers: all of them here, as many as come soon on a cluster."""
         wanted = self._wanted
-        for _ in range(wanted.count):
-            self._hire()
+        for device in wanted.devices:
+            self._hire(device)
         deadline = time.monotonic() + wanted.start_timeout_s
         while self._starting and time.monotonic() < deadline:
             done, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=0.5)
@@ -204,7 +213,7 @@ class RayExecutor:
             facts = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             self._refusals.append(first_line(error))
-            self._hire_again()
+            self._hire_again(start.device)
             return None
         if "refused" in facts:
             return self._refuse(start, facts["node"], ResourceError(facts["refused"]))
@@ -216,7 +225,8 @@ class RayExecutor:
             return self._refuse(start, facts["node"], told)
         self._failed = 0
         watch = start.actor.watch.options(concurrency_group="watch").remote()
-        self._members[start.number] = _Member(start.actor, watch, facts["node"])
+        member = _Member(start.actor, watch, facts["node"], start.device, facts["speed"])
+        self._members[start.number] = member
         return Arrival(start.number)
 
     def _refuse(self, start: _Start, node: str, error: Exception) -> Refusal | None:
@@ -225,7 +235,7 @@ class RayExecutor:
         known_before = node in self._refused  # two may have started there at once
         self._refused.add(node)
         if not self._wanted.all_at_once:
-            self._hire()
+            self._hire(start.device)
         if known_before:
             return None
         addresses = {known["NodeID"]: known["NodeManagerAddress"] for known in self._ray.nodes()}
@@ -233,11 +243,11 @@ class RayExecutor:
         self._refusals.append(f"{machine}: {error}")
         return Refusal(machine, error)
 
-    def _hire_again(self) -> None:
+    def _hire_again(self, device: str) -> None:
         """Unless starts fail and fail: what ends one then ends the next one too."""
         self._failed += 1
         if self._failed <= 2 * self._wanted.count:
-            self._hire()
+            self._hire(device)
 
     def _end(self, ref: Any) -> News:
         running = self._running[ref]
@@ -259,7 +269,7 @@ class RayExecutor:
             lost = ResourceError(f"{assignment.id} did not get its inputs from {missing}")
             return Result(assignment.id, worker, seconds, error=lost, missing=missing)
         if "failure" not in summary:
-            self._judge.finished(assignment, seconds)
+            self._judge.finished(assignment, seconds, self._members[worker].device)
             return Result(assignment.id, worker, seconds, summary)
         self.release(assignment.id)
         told = _revived(summary["failure"])
@@ -275,7 +285,7 @@ class RayExecutor:
                 self.release(running.assignment.id)
         with contextlib.suppress(Exception):  # most often it is dead already
             self._ray.kill(member.actor)
-        self._hire()
+        self._hire(member.device)
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         return Loss(worker, error, parts_kept=member.node in alive)
 
@@ -328,7 +338,7 @@ class RayExecutor:
             if member.pulse is not None:
                 why = self._judge.silent(assignment, now - member.asked)
             if why is None and running is not None:
-                why = self._judge.slow(running.assignment, now - running.since)
+                why = self._judge.slow(running.assignment, now - running.since, member.device)
             if why is not None:
                 if running is not None:
                     self._judge.gave_up(running.assignment)

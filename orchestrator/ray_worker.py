@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
 from quantcore.errors import ResourceError
-from workers.plan import BITS_VERSION, Plan
+from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
 
@@ -37,7 +37,7 @@ class RayWorker:
             self._worker = Worker(plan, device, self._tell)
         except Exception as error:
             return {**facts, "failure": described(error)}
-        return facts
+        return {**facts, "speed": self._worker.speed}
 
     def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
         """The summary, and the parts beside it; a summary may tell of a failure instead."""
@@ -80,6 +80,8 @@ def _difference(plan: Plan, kind: dict[str, str]) -> str | None:
     contract = plan.contract
     if contract.bits_version != BITS_VERSION:
         return f"its quantfleet makes bits of version {BITS_VERSION}, not {contract.bits_version}"
+    if contract.kind == MIXED:
+        return None
     for field in sorted({*kind, *contract.kind}):
         here, planned = kind.get(field), contract.kind.get(field)
         if here != planned:

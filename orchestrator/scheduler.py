@@ -35,7 +35,7 @@ class Assignment:
 class Work(Protocol):
     """A part of a job. Lists that are returned name assignments whose parts nobody needs now."""
 
-    def joined(self, worker: int) -> None: ...
+    def joined(self, worker: int, speed: float) -> None: ...
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]: ...
     def offer(self, worker: int) -> Assignment | None: ...
     def finished(self, assignment: str, seconds: float) -> list[str]: ...
@@ -48,6 +48,7 @@ class Joined:
     """Workers are there, all of them idle. They are dealt to together."""
 
     workers: tuple[int, ...]
+    speeds: tuple[float, ...] = ()  # beside each other, as first measured; none: all alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +130,11 @@ class Scheduler:
     def _hear(self, event: Event) -> list[str]:
         """Tell the works what happened; the assignments whose parts nobody needs any more."""
         match event:
-            case Joined(workers):
-                for worker in workers:
+            case Joined(workers, speeds):
+                for worker, speed in zip(workers, speeds or [1.0] * len(workers), strict=True):
                     self._idle.add(worker)
                     for work in self._works:
-                        work.joined(worker)
+                        work.joined(worker, speed)
             case Finished(assignment, seconds):
                 if assignment not in self._running:
                     return [assignment]

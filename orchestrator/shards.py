@@ -20,8 +20,10 @@ class Shards:
         # workers are not looked at again after each event elsewhere
         self._waiting: dict[int, tuple[Shard, int]] = {}
         self._moves = 0
+        self._speeds: dict[int, float] = {}
 
-    def joined(self, worker: int) -> None:
+    def joined(self, worker: int, speed: float) -> None:
+        self._speeds[worker] = speed
         self._deal(worker)
 
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
@@ -61,7 +63,7 @@ class Shards:
         unfinished = [shard for shard in self._shards if not shard.complete()]
         if unfinished:
             shard = max(unfinished, key=lambda shard: shard.blocks_left / (shard.members + 1))
-            shard.joined(worker)
+            shard.joined(worker, self._speeds[worker])
             self._shard_of[worker] = shard
 
     def _move(self, worker: int, finished: Shard) -> Assignment | None:

@@ -27,15 +27,14 @@ class Site:
     def start_workers(self, plan: Plan, prepared: Prepared) -> Executor:
         """The workers that a job was found to need. Raises ResourceError if they do not start."""
         if self.in_process:
-            return InProcessExecutor(plan, [prepared.device] * prepared.workers)
+            return InProcessExecutor(plan, prepared.team.devices)
         from orchestrator.ray_cluster import embedded
         from orchestrator.ray_executor import RayExecutor, Wanted
 
         workers = prepared.spec.workers
         count, cpus = prepared.workers, workers.cpus or float(workers.threads)
         wanted = Wanted(
-            count=count,
-            device=prepared.device,
+            devices=prepared.team.devices,
             cpus=cpus,
             memory=workers.memory_bytes(),
             all_at_once=self.cluster is None,
@@ -43,7 +42,7 @@ class Site:
         )
         ray = self.cluster
         if ray is None:
-            gpus = 0 if prepared.device == "cpu" else count
+            gpus = sum(device != "cpu" for device in prepared.team.devices)
             store = prepared.admitted.object_store
             ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus, object_store=store)
         return RayExecutor(plan, wanted, ray)

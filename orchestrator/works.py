@@ -51,7 +51,8 @@ def quantization_works(
     if plan.calibration is None:
         return [Bag({f"round/{block}": Round(block, epoch) for block in left}), outside]
     if plan.statistics:
-        return [Bag({f"quantize/{block}": Quantize(block, epoch) for block in left}), outside]
+        tasks: dict[str, Task] = {f"quantize/{block}": Quantize(block, epoch) for block in left}
+        return [Bag(tasks, heavy=True), outside]
     finished = {block for block in blocks if block_key(block) in done}
     shards: list[Shard] = []
     for first, last in plan.shard_ranges():

@@ -73,11 +73,11 @@ class Fleet:
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.works)
 
-    def join(self, count: int = 1) -> None:
+    def join(self, count: int = 1, speed: float = 1.0) -> None:
         numbers = tuple(range(self.hired, self.hired + count))
         self.hired += count
         self.workers |= {number: FakeWorker() for number in numbers}
-        self.send(Joined(numbers))
+        self.send(Joined(numbers, (speed,) * count))
 
     def busy(self) -> list[int]:
         return [number for number, worker in self.workers.items() if worker.doing]

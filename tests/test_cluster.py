@@ -44,13 +44,13 @@ def site(
     return site
 
 
-def _job(site: Path, store: str, workers: int) -> Path:
+def _job(site: Path, store: str, workers: int, kind: str = "auto") -> Path:
     job = {
         "name": "job",
         "model": {"path": "model"},
         "quantization": {"scheme": "int4", "group_size": 32, "method": "gptq"},
         "calibration": {"text": "text.txt", "sequences": 16, "length": 64},
-        "workers": {"count": workers},
+        "workers": {"count": workers, "kind": kind},
         "output": {"store": store},
     }
     path = site / f"{store}.yaml"
@@ -124,6 +124,27 @@ def test_nodes_of_another_kind_are_passed_over(site: Path) -> None:
     assert [e["present"] for e in events if e["event"] == "workers started"] == [2]
     assert not [e for e in events if e["event"] == "machine refused"]
     assert _model_bytes(site, "kinds") == _model_bytes(site, "whole")
+
+
+def test_nodes_of_several_kinds_share_a_job(site: Path) -> None:
+    """Which bits come out hangs on who did what; how good they are does not."""
+    log = site / "mixed.jsonl"
+    with _cluster(1) as cluster:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=OTHER_KIND)
+        job = _job(site, "mixed", 2, kind="mixed")
+        outcome = finish(start("run", "--address", cluster.address, "--log-file", log, job))
+    assert outcome.code == 0, outcome
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["present"] for e in events if e["event"] == "workers started"] == [2]
+    collected = {e["worker"] for e in events if e.get("kind") == "Collect"}
+    assert len(collected) == 2
+    ours, theirs = (_errors(site, store) for store in ("mixed", "whole"))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def _errors(site: Path, store: str) -> list[float]:
+    report = json.loads((site / store / "job" / "report" / "report.json").read_text())
+    return [line["relative_output_error"] for line in report["layers"]]
 
 
 # In a process of its own: Ray is not to be started twice in one. Two workers are wanted, and on

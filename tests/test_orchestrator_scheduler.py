@@ -108,7 +108,8 @@ def test_no_order_of_events_loses_repeats_or_reorders_a_block(
     job = PLANS[name]
     losses_per_day = data.draw(st.sampled_from([0.0, 1e3, 1e9]))
     site = fleet(job, done, losses_per_day, data.draw(kept_states(job, done)))
-    site.join(data.draw(st.integers(1, 4)))
+    speeds = st.sampled_from(data.draw(st.sampled_from([[1.0], [1e9, 3e9, 1e12, 5e14]])))
+    site.join(data.draw(st.integers(1, 4)), data.draw(speeds))
     for _ in range(data.draw(st.integers(0, 60))):
         if site.stopped is not None:
             break
@@ -117,7 +118,7 @@ def test_no_order_of_events_loses_repeats_or_reorders_a_block(
         choices += ["lose"] if site.workers else []
         match data.draw(st.sampled_from(choices)):
             case "join":
-                site.join(data.draw(st.integers(1, 2)))
+                site.join(data.draw(st.integers(1, 2)), data.draw(speeds))
             case "lose":
                 victim = data.draw(st.sampled_from(sorted(site.workers)))
                 site.lose(victim, parts_kept=data.draw(st.booleans()))
@@ -125,7 +126,7 @@ def test_no_order_of_events_loses_repeats_or_reorders_a_block(
                 worker = data.draw(st.sampled_from(sorted(site.busy())))
                 site.finish(worker, data.draw(st.sampled_from([0.01, 1.0, 3.0, 50.0])))
     if site.stopped is None:
-        site.join()
+        site.join(speed=data.draw(speeds))
         run_to_the_end(site)
     if site.stopped == Stop(complete=False):
         assert max(site.losses.values()) >= MOST_LOSSES

@@ -13,6 +13,7 @@ from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.probe import probe_task
+from orchestrator.team import Team
 from quantcore.errors import ResourceError
 
 JobFile = Callable[..., Path]
@@ -78,8 +79,9 @@ def test_the_first_of_equal_blocks_and_its_widest_group_is_tried(job_file: JobFi
 
 def test_a_job_that_would_not_fit_ends_before_it_is_begun(job_file: JobFile) -> None:
     prepared = check(job_file("large", workers=PROBED))
+    ((chosen, admitted),) = prepared.team.parts
     tight = dataclasses.replace(
-        prepared, admitted=dataclasses.replace(prepared.admitted, room=2**20)
+        prepared, team=Team(((chosen, dataclasses.replace(admitted, room=2**20)),))
     )
     observer = Tasks()
     with pytest.raises(ResourceError, match=r"^workers.probe: block 0 took .*host memory to "):

@@ -64,7 +64,7 @@ patience = Patience(shortest_s=20, times_usual=5)
 """
 _TAIL = """
 def start(plan):
-    wanted = Wanted(count=2, device="cpu", cpus=1, patience=patience)
+    wanted = Wanted(devices=("cpu", "cpu"), cpus=1, patience=patience)
     return RayExecutor(plan, wanted, embedded(cpus=2, gpus=0))
 
 result = run_job(check(Path(sys.argv[1])), start, Watch())

@@ -52,19 +52,22 @@ def cpu_flops() -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {str(d).removeprefix("torch."): _matmul_flops(d) for d in _PROBED_DTYPES}
+        here = torch.device("cpu")
+        return {str(d).removeprefix("torch."): matmul_flops(here, d) for d in _PROBED_DTYPES}
     finally:
         torch.set_num_threads(threads)
 
 
-def _matmul_flops(dtype: torch.dtype) -> float:
-    a_II = torch.ones(_PROBE_WIDTH, _PROBE_WIDTH, dtype=dtype)
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square product, as wide as keeps the device busy."""
+    width = _PROBE_WIDTH if device.type == "cpu" else 16 * _PROBE_WIDTH
+    a_II = torch.ones(width, width, dtype=dtype, device=device)
     seconds = []
     for _ in range(3):  # the first one pays for warming up
         start = time.perf_counter()
-        a_II @ a_II
+        (a_II @ a_II)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return 2 * _PROBE_WIDTH**3 / min(seconds)
+    return 2 * width**3 / min(seconds)
 
 
 def make_repeatable(threads: int) -> None:

@@ -23,6 +23,10 @@ SAMPLE_TOKENS = 512  # of all the calibration tokens, to choose SmoothQuant's al
 BITS_VERSION = 1  # raised by hand whenever the code would give the same job other bits
 
 
+# In a fleet of several kinds bits hang on who did what: such a job promises no same bytes.
+MIXED = {"device": "mixed"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """What becomes of one linear."""
@@ -99,7 +103,7 @@ class Contract:
     Any number of workers of one kind keeps to it, so any number gives the same bytes.
     """
 
-    kind: dict[str, str]  # the hardware and its software, see kind.py
+    kind: dict[str, str]  # the hardware and its software, see kind.py; MIXED: whatever there is
     threads: int  # per worker: products and factorizations may round by them
     compute_dtype: str  # of the calibration forward
     micro_batch: int  # sequences per forward

@@ -15,9 +15,9 @@ from workers.capacity import peak_bytes
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
 from workers.held import Held, pack
-from workers.kind import make_repeatable
+from workers.kind import make_repeatable, matmul_flops
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
-from workers.plan import Plan
+from workers.plan import MIXED, Plan
 from workers.probing import probe_block
 from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
 from workers.solving import solve_group
@@ -69,6 +69,8 @@ class Worker:
         self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
         self._tell = tell
+        mixed = plan.contract.kind == MIXED  # else all are as fast as each other, till it shows
+        self.speed = matmul_flops(self._device, plan.torch_dtype) if mixed else 1.0
 
     def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
         """Do one task. `inputs` are the parts of earlier results that it was promised.
