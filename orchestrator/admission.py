@@ -23,7 +23,7 @@ _INTERPRETER = 900 * MIB  # Python with torch, transformers and Ray, and what ma
 _DRIVER_LIBRARIES = 2 * GIB  # what CUDA or XPU adds to it
 _LIBRARIES_OF_EVALUATION = 320 * MIB
 _CONTEXT = 768 * MIB  # of a device, with the workspaces of its libraries
-_CRUMBS = 0.08  # of a device's memory, lost between allocations
+_CRUMBS = 0.08  # of what is allocated, lost between allocations
 _SQUARES_OF_A_SOLVE = 11  # copies of one Hessian from its sums to its inverse's factor
 _COPIES_OF_A_TILE = 16  # of its float32 rows: ranges tried, codes, errors
 _WAITING = ("hand-overs", "boundaries")  # may as well be spilled by Ray
@@ -115,7 +115,7 @@ def _host(sizes: Sizes, states_on: str) -> Phases:
         phases |= _calibration_on_host(sizes, on_device)
     if sizes.spec.evaluation is not None:
         phases["evaluate"] = _evaluation(sizes, on_device)
-    return {phase: always | parts for phase, parts in phases.items()}
+    return {phase: always | _with_crumbs(parts) for phase, parts in phases.items()}
 
 
 def _calibration_on_host(sizes: Sizes, on_device: bool) -> Phases:
@@ -287,7 +287,7 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
         phases["evaluate"] = {"model": sizes.model_computing, "logits": _logits(sizes)}
         always = always if sizes.plan.calibration is None else {"context": _CONTEXT}
     found = {phase: always | parts for phase, parts in (phases or {"round": {}}).items()}
-    return {phase: p | {"crumbs": int(_CRUMBS * _total(p))} for phase, p in found.items()}
+    return {phase: _with_crumbs(parts) for phase, parts in found.items()}
 
 
 def object_store(sizes: Sizes) -> Parts:
@@ -338,6 +338,10 @@ def _store(sizes: Sizes, keeps: bool) -> Parts:
     if keeps:
         parts["kept states"] = 2 * sizes.plan.shards * sizes.plan.contract.chunks * sizes.chunk
     return parts
+
+
+def _with_crumbs(parts: Parts) -> Parts:
+    return parts | {"crumbs": int(_CRUMBS * _total(parts))}
 
 
 def _if_cast(sizes: Sizes, computing: int, item: int | None = None) -> int:

@@ -36,6 +36,7 @@ def scaled(prepared: Prepared, task: Probe, measured: Mapping[str, Any]) -> dict
     the probe measured them, in proportion to what was predicted for it.
     """
     prediction = prepared.prediction
+    told = {"host": prediction.host, "device": prediction.device}
     sizes = _sizes(prepared)
     states = (sizes.share - len(task.chunks)) * sizes.chunk
     group = prepared.plan.blocks[task.block].groups[task.group]
@@ -57,7 +58,7 @@ def scaled(prepared: Prepared, task: Probe, measured: Mapping[str, Any]) -> dict
         step = max(peaks, key=lambda step: peaks[step])
         others = states if where == prediction.states_on else 0
         found[where] = {
-            "predicted": prediction.host_bytes if where == "host" else prediction.device_bytes,
+            "predicted": max(sum(told[where].get(tried, {}).values()) for tried in peaks),
             "measured": max(peaks[where] for peaks in measured["peaks"].values()),
             "scaled": peaks[step] + others,
             "step": step,

@@ -87,12 +87,12 @@ class Tree(Generic[S]):
 
 def total(nodes: Mapping[Span, S], chunks: int) -> S:
     """Finish the tree from the nodes that all the workers hold between them."""
-    splits = fixed_tree(chunks)
+    return _below((0, chunks), nodes, fixed_tree(chunks))
 
-    def of(span: Span) -> S:
-        if span in nodes:
-            return nodes[span]
-        middle = splits[span]
-        return of((span[0], middle)).merged(of((middle, span[1])))
 
-    return of((0, chunks))
+def _below(span: Span, nodes: Mapping[Span, S], splits: Mapping[Span, int]) -> S:
+    """One node of the tree. No closure: one that calls itself would keep all nodes from going."""
+    if span in nodes:
+        return nodes[span]
+    left, right = (span[0], splits[span]), (splits[span], span[1])
+    return _below(left, nodes, splits).merged(_below(right, nodes, splits))

@@ -1,6 +1,7 @@
 """Statistics of a block's inputs: hooks on its linears add what they are handed to fixed trees."""
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -66,9 +67,15 @@ class Collector:
             trees[number] for trees in (self._sums, self._ranges) if number in trees
         ]
 
+        # a strong reference would close a circle through the block, and keep its weights and all
+        # sums until Python looks for such circles
+        weak = weakref.ref(self)
+
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            collector = weak()
+            assert collector is not None
             for tree in trees:
-                tree.add(self._chunk, args[0].flatten(0, -2))
+                tree.add(collector._chunk, args[0].flatten(0, -2))
             if last:
                 raise _AllSeenError
 

@@ -63,7 +63,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     width = _PROBE_WIDTH if device.type == "cpu" else 16 * _PROBE_WIDTH
     a_II = torch.ones(width, width, dtype=dtype, device=device)
     seconds = []
-    for _ in range(3):  # the first one pays for warming up
+    for _ in range(8):  # the first one pays for warming up, others for what else runs here
         start = time.perf_counter()
         (a_II @ a_II)[0, 0].item()
         seconds.append(time.perf_counter() - start)

@@ -7,7 +7,6 @@ the driver's memory grew from the first tenth of the tasks to the last.
 """
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -57,7 +56,6 @@ def main() -> None:
         }
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
         prepared = check(folder / "job.yaml")
-        prepared = dataclasses.replace(prepared, workers=options.workers)
         executor = Site().start_workers(prepared.plan, prepared)
         tasks: dict[str, Task] = {f"empty/{number}": Drop(()) for number in range(options.tasks)}
         meter = Meter(options.tasks // 10)
