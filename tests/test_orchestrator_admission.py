@@ -1,7 +1,9 @@
-"""What is predicted of shapes, and what is refused of machines: no file is read."""
+"""What is predicted of shapes, and what is refused of machines, most of it without any file."""
 
 import dataclasses
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from orchestrator.sizes import Sizes, quantized_bytes
 from quantcore.errors import Fault, ResourceError, StoreError
 from quantcore.moments import moment_tree
 from quantcore.schemes import Scheme
+from tests.command import quantfleet
 from tests.samples import architecture, job_spec
 from workers.architecture import Architecture
 from workers.capacity import Disk
@@ -300,3 +303,20 @@ def test_a_quantized_linear_is_no_larger_than_predicted(symmetric: bool, size: i
     actual = sum(tensor.nbytes for tensor in tensors.values())
     layer = LayerPlan(name="l", out_features=72, in_features=384, scheme=scheme, method="rtn")
     assert actual <= quantized_bytes(layer, 2) <= 1.2 * actual + 3 * 256
+
+
+def test_check_shows_what_is_predicted(job_file: Callable[..., Path]) -> None:
+    shown = quantfleet("check", job_file("job"))
+    assert shown.code == 0
+    for row in ("host memory", "object store", "scratch disk", "store", "read and sent", "time"):
+        assert f"\n{row}" in shown.out
+    told = json.loads(quantfleet("check", job_file("job"), "--json").out)["predicted"]
+    phases = told["worker"]["host"]["phases"]
+    assert told["worker"]["host"]["bytes"] == max(sum(parts.values()) for parts in phases.values())
+    assert set(told["job"]["seconds"]) == {"start", "survey", "quantize"}
+
+
+def test_a_refusal_stands_at_its_line(job_file: Callable[..., Path]) -> None:
+    shown = quantfleet("check", job_file("job", workers={"count": 1, "memory": "100MiB"}))
+    assert shown.code == 4
+    assert re.search(r"job\.yaml:\d+:\d+: workers\.memory: .*write memory: \d", shown.err)
