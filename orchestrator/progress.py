@@ -151,6 +151,8 @@ def _names(assignment: Assignment) -> dict[str, Any]:
     for field in ("block", "group", "band", "chunks", "first", "last", "variant"):
         if (value := getattr(assignment.task, field, None)) is not None:
             names[field] = value
+    if assignment.shard is not None:
+        names["shard"] = assignment.shard
     return names
 
 

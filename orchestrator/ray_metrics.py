@@ -17,9 +17,10 @@ class RayMetrics(Observer):
         metrics = ray.util.metrics
         Counter, Gauge, Histogram = metrics.Counter, metrics.Gauge, metrics.Histogram
         keys = ("job",)
-        self._tasks = Counter("quantfleet_tasks", "Tasks finished.", (*keys, "kind"))
+        of_task = (*keys, "kind", "shard")
+        self._tasks = Counter("quantfleet_tasks", "Tasks finished.", of_task)
         self._seconds = Histogram(
-            "quantfleet_task_seconds", "Seconds from dealt to done.", _SECONDS, (*keys, "kind")
+            "quantfleet_task_seconds", "Seconds from dealt to done.", _SECONDS, of_task
         )
         self._blocks = Gauge("quantfleet_blocks_done", "Blocks published.", keys)
         self._total = Gauge("quantfleet_blocks", "Blocks of the model.", keys)
@@ -32,9 +33,10 @@ class RayMetrics(Observer):
         self._done = self._present = 0
 
     def finished(self, assignment: Assignment, result: Result) -> None:
-        kind = {"kind": type(assignment.task).__name__}
-        self._tasks.inc(tags=kind)
-        self._seconds.observe(max(result.seconds, 1e-6), tags=kind)
+        shard = "" if assignment.shard is None else str(assignment.shard)
+        tags = {"kind": type(assignment.task).__name__, "shard": shard}
+        self._tasks.inc(tags=tags)
+        self._seconds.observe(max(result.seconds, 1e-6), tags=tags)
         if isinstance(assignment.task, Publish | Round):
             self._done += 1
             self._blocks.set(self._done)

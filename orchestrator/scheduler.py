@@ -30,6 +30,7 @@ class Assignment:
     task: Task
     inputs: tuple[Part, ...] = ()
     parts: int = 0  # how many parts its result has
+    shard: int | None = None  # that it belongs to, where there are several
 
 
 class Work(Protocol):

@@ -4,6 +4,7 @@ A worker belongs to one shard until that is finished; then it helps where most i
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from orchestrator.calibration import Shard
 from orchestrator.scheduler import Assignment
@@ -43,9 +44,11 @@ class Shards:
         assignment = shard.offer(worker)
         if assignment is None:
             self._waiting[worker] = (shard, shard.version)
-        else:
-            self._given_by[assignment.id] = shard
-        return assignment
+            return None
+        self._given_by[assignment.id] = shard
+        if len(self._shards) == 1:
+            return assignment
+        return replace(assignment, shard=self._shards.index(shard))
 
     def finished(self, assignment: str, seconds: float) -> list[str]:
         shard = self._given_by.pop(assignment)

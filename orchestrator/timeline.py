@@ -30,7 +30,7 @@ def timeline(log: Path) -> dict[str, Any]:
 
 def _task(record: dict[str, Any], end: float) -> dict[str, Any]:
     seconds = float(record["seconds"])
-    known = ("task", "block", "job", "worker")
+    known = ("task", "block", "shard", "job", "worker")
     return {
         "name": record["task"],
         "cat": record["task"].partition("/")[0],

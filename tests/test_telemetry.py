@@ -29,7 +29,7 @@ metrics = RayMetrics(ray, "a-job")
 metrics.note("workers started", present=2)
 metrics.note("quantizing", blocks=30, done=4)
 for block in (4, 5):
-    done = Assignment(id=f"publish/{block}/0", task=Publish(block, 1))
+    done = Assignment(id=f"publish/{block}/0", task=Publish(block, 1), shard=1)
     metrics.finished(done, Result(done.id, 0, 0.5))
 metrics.note("worker lost", present=1)
 port = ray.nodes()[0]["MetricsExportPort"]
@@ -58,6 +58,24 @@ def test_every_event_names_its_job_and_every_task_its_block(log: Path) -> None:
     assert blocks == {0, 1, 2}
     assert all(event["worker"] == 0 and event["seconds"] >= 0 for event in finished)
     assert len({event["task"] for event in finished}) == len(finished)
+    assert not any("shard" in event for event in events)
+
+
+def test_tasks_of_several_shards_name_theirs(
+    job_file: JobFile, text_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    calibration = {"text": str(text_file), "sequences": 8, "length": 32, "shards": 2}
+    job = job_file("sharded", calibration=calibration, workers={"count": 2})
+    assert quantfleet("run", "--in-process", "--log-file", path, job).code == 0
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    tasks = [event for event in events if event["event"] in {"task started", "task finished"}]
+    shard_of = {event["block"]: event["shard"] for event in tasks if event["kind"] == "Solve"}
+    assert shard_of == {0: 0, 1: 1, 2: 1}
+    assert {event["shard"] for event in tasks if event["kind"] == "Embed"} == {0}
+    assert not any("shard" in event for event in tasks if event["kind"] == "Survey")
+    traced = timeline(path)["traceEvents"]
+    assert {e["args"]["shard"] for e in traced if e["cat"] == "publish"} == {0, 1}
 
 
 def test_a_log_becomes_a_timeline(log: Path, tmp_path: Path) -> None:
@@ -96,6 +114,7 @@ def test_metrics_come_out_of_rays_exporter() -> None:
         line for line in done.stdout.splitlines() if "quantfleet" in line and 'job="a-job"' in line
     ]
     values = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    assert all('shard="1"' in line for line in lines if "quantfleet_task" in line)
     assert values["ray_quantfleet_blocks_done"] == 6
     assert values["ray_quantfleet_blocks"] == 30
     assert values["ray_quantfleet_workers"] == 1
