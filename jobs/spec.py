@@ -69,6 +69,8 @@ class GptqSpec(_Section):
 class SmoothquantSpec(_Section):
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"  # by LinearGroup
     rounding: Literal["rtn", "gptq"] = "rtn"  # of the smoothed weights
+    # linears with no norm of their own before them: left as they are, or a factor on their inputs
+    without_norm: Literal["leave", "input_factor"] = "leave"
 
 
 class Override(_Section):
@@ -206,7 +208,7 @@ class WorkersSpec(_Section):
 
 class OutputSpec(_Section):
     store: StoreUrl  # a folder (relative to the job file) or s3://bucket/path
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "native"] = "compressed-tensors"
     conditional_writes: bool = True  # false: for a store that has none; one driver at a time
 
 

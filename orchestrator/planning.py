@@ -67,7 +67,7 @@ def plan_layers(
     blocks = tuple(
         BlockPlan(
             tuple(
-                _group([choices[info.name].layer for info in group], norm)
+                _group(spec, [choices[info.name].layer for info in group], norm)
                 for group, norm in zip(block.groups, block.norms, strict=True)
             )
         )
@@ -129,18 +129,29 @@ def _smoothquant(spec: SmoothquantSpec) -> SmoothquantConfig:
     return SmoothquantConfig(alphas=(spec.alpha,), rounding=spec.rounding)
 
 
-def _group(layers: list[LayerPlan], norm: Norm | None) -> GroupPlan:
+def _group(spec: JobSpec, layers: list[LayerPlan], norm: Norm | None) -> GroupPlan:
     """SmoothQuant changes what all readers of the norm are handed: it takes all of them, or none.
 
-    A group that has no such norm is rounded as it is, and the report says so.
+    A group that has no such norm keeps the factor on its inputs where the job says so; else it is
+    rounded as it is, and the report says so.
     """
-    smoothed = all(layer.method == "smoothquant" for layer in layers)
-    return GroupPlan(tuple(layers), norm if smoothed else None)
+    if not all(layer.method == "smoothquant" for layer in layers):
+        return GroupPlan(tuple(layers))
+    at_input = norm is None and spec.quantization.smoothquant.without_norm == "input_factor"
+    return GroupPlan(tuple(layers), norm, at_input)
 
 
-def _unsmoothed(spec: JobSpec, blocks: Iterable[BlockPlan]) -> Iterator[Fault]:
+def _unsmoothed(spec: JobSpec, blocks: tuple[BlockPlan, ...]) -> Iterator[Fault]:
     asked = any(layer.method == "smoothquant" for block in blocks for layer in block.quantized())
-    if asked and not any(True for block in blocks for _ in block.smoothed()):
+    groups = [group for block in blocks for group in block.groups]
+    if spec.quantization.smoothquant.without_norm == "input_factor":
+        if not FORMATS[spec.output.format].input_factors:
+            yield Fault(
+                field="quantization.smoothquant.without_norm",
+                message=f"{spec.output.format} has no place for a factor on a linear's inputs: "
+                "write without_norm: leave, or output.format: native",
+            )
+    elif asked and not any(group.smoothed for group in groups):
         yield Fault(
             field="quantization.method",
             message="smoothquant finds no norm whose output is read by linears that it is to "

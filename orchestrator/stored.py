@@ -18,8 +18,8 @@ from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
 from workers.evaluate import evaluate, read_text, unknown_tasks
 from workers.layout import CALIBRATION, EVALUATION, JOB, MANIFEST, block_key
+from workers.loading import load
 from workers.store import LocalStore, Store, open_store
-from workers.variants import artifact
 
 
 def stored_spec(began: dict[str, Any], url: str) -> tuple[JobSpec, Document]:
@@ -104,5 +104,5 @@ def evaluate_stored(model: str, options: dict[str, Any], dtype: str) -> dict[str
                 raise SourceError(f"there is no {model}: name a fetched folder or a job")
             folder = Path(scratch) / "model"
             fetch(open_store(model), folder)
-        loaded = artifact(folder, getattr(torch, dtype))
+        loaded = load(folder, getattr(torch, dtype))
         return evaluate(loaded, AutoTokenizer.from_pretrained(folder), spec, read_text(spec))

@@ -128,6 +128,18 @@ _JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
         r"quantization.overrides.0.scheme: the output head's inputs are not calibrated: write "
         r"scheme: int8_dynamic for it$",
     ),
+    "a factor on inputs that the format has no place for": (
+        {
+            "quantization": {
+                "scheme": "int8_dynamic",
+                "method": "smoothquant",
+                "smoothquant": {"without_norm": "input_factor"},
+            }
+        },
+        2,
+        r"quantization.smoothquant.without_norm: compressed-tensors has no place for .*: write "
+        r"without_norm: leave, or output.format: native$",
+    ),
     "nothing to smooth": (
         {
             "quantization": {

@@ -84,7 +84,7 @@ def test_what_is_stored_reads_back_to_the_bit(
     tensors = FORMAT.encode(quantized, dtype)
     assert tensors["weight_scale"].dtype == dtype
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    back_OI = FORMAT.decode(tensors, scheme)
+    back_OI = FORMAT.decode(tensors, scheme, WIDTH)
     assert back_OI.dtype == torch.float32
     assert torch.equal(back_OI, value(quantized))
 
@@ -94,7 +94,7 @@ def test_what_is_stored_reads_back_to_the_bit(
 def test_rows_that_do_not_fill_whole_words(name: str, width: int) -> None:
     for scheme in (s for s in every_form(name) if s.group_size is None):
         quantized = linear(scheme, 5, torch.float32, width)
-        back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme)
+        back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme, width)
         assert torch.equal(back_OI, value(quantized))
 
 
@@ -108,7 +108,7 @@ def test_every_code_and_every_zero_point_survives(name: str) -> None:
         zero_OG = torch.zeros_like(codes_I) if scheme.symmetric else codes_I
         qparams = Qparams(scale_OG, zero_OG[:, None])
         quantized = QuantizedLinear(codes_OI, qparams, scheme)
-        back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme)
+        back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme, WIDTH)
         assert torch.equal(back_OI, 0.5 * (codes_OI.float() - zero_OG[:, None].float()))
 
 
@@ -154,10 +154,8 @@ def test_the_library_stores_the_same_bytes(scheme: Scheme, rows: int) -> None:
 
 
 @all_schemes
-def test_the_names_told_are_those_stored(scheme: Scheme) -> None:
+def test_the_names_stored_are_the_librarys(scheme: Scheme) -> None:
     stored = FORMAT.encode(linear(scheme, 4, torch.float32), torch.float32)
-    assert set(FORMAT.suffixes(scheme)) == set(stored)
-    assert len(FORMAT.suffixes(scheme)) == len(stored)
     names = compressor(scheme).compression_param_names(library_scheme(scheme))
     assert {*names, *(["input_scale"] if scheme.kind.static else [])} == set(stored)
 

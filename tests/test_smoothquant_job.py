@@ -18,6 +18,7 @@ from quantcore.schemes import Scheme
 from tests.conftest import save_model
 from tests.faults import KillingExecutor, schedule
 from tests.test_orchestrator_job import model_bytes, run_here
+from workers.loading import load
 from workers.store import open_store
 
 JobFile = Callable[..., Path]
@@ -201,3 +202,73 @@ def test_any_number_of_workers_and_any_losses_give_the_same_bytes(
         )
         store = result.store
     assert model_bytes(store) == undisturbed[key]
+
+
+AT_INPUT = {"without_norm": "input_factor"}
+NATIVE: dict[str, Any] = {"format": "native"}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {**SMOOTH, "smoothquant": AT_INPUT},
+        {**STATIC, "smoothquant": {**AT_INPUT, "alpha": 0.5, "rounding": "gptq"}},
+    ],
+    ids=str,
+)
+def test_factors_stay_on_inputs_where_no_norm_takes_them(
+    loud_job: JobFile, tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    output = {"store": str(tmp_path / "store"), **NATIVE}
+    result = run_here(loud_job("job", quantization, output=output), workers=2)
+    for line in result.report["layers"]:
+        no_norm = line["layer"].rpartition(".")[2] in ("o_proj", "down_proj")
+        place = line["smoothed_in"]
+        assert place == "inputs" if no_norm else place.endswith("layernorm")
+        assert 0 < line["relative_output_error"] < 0.2
+    fetch(open_store(result.store), tmp_path / "out")
+    source = Path(check(loud_job("again", quantization, output=output)).spec.model.path)
+    ids_BL = torch.arange(2, 34)[None]
+    with torch.no_grad():
+        ours: Tensor = load(tmp_path / "out", torch.float32)(ids_BL).logits
+    original = served(source, ids_BL)
+    leaving = run_here(loud_job("leaving", {**quantization, "smoothquant": {}}))
+    fetch(open_store(leaving.store), tmp_path / "leaving")
+    assert (ours - original).norm() < 1.2 * (served(tmp_path / "leaving", ids_BL) - original).norm()
+    worse = sum(line["relative_output_error"] for line in leaving.report["layers"][:7])
+    assert sum(line["relative_output_error"] for line in result.report["layers"][:7]) < worse
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"scheme": "int4", "group_size": 32},
+        {"scheme": "int4", "symmetric": False, "group_size": 64},
+        {"scheme": "int8_static"},
+        {"scheme": "int8", "symmetric": False},
+    ],
+    ids=str,
+)
+def test_both_formats_hold_the_same_model(
+    loud_job: JobFile, tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    ids_BL = torch.arange(2, 34)[None]
+    logits = []
+    for form in ("native", "compressed-tensors"):
+        output = {"store": str(tmp_path / form), "format": form}
+        result = run_here(loud_job("job", quantization, output=output))
+        fetch(open_store(result.store), tmp_path / f"out-{form}")
+        with torch.no_grad():
+            logits.append(load(tmp_path / f"out-{form}", torch.float32)(ids_BL).logits)
+    assert (logits[0] - logits[1]).abs().median() < 0.02 * logits[1].std()
+
+
+def test_a_native_artifact_is_evaluated(loud_job: JobFile, text_file: Path, tmp_path: Path) -> None:
+    output = {"store": str(tmp_path / "store"), **NATIVE}
+    evaluation = {"text": str(text_file), "max_characters": 2000, "length": 128}
+    job = loud_job("job", {"scheme": "int8"}, output=output, evaluation=evaluation)
+    metrics = run_here(job).report["evaluation"]
+    name = "word_perplexity"
+    assert metrics["quantized"]["text"][name] == pytest.approx(
+        metrics["original"]["text"][name], rel=0.05
+    )

@@ -61,7 +61,8 @@ class GroupPlan:
     """A LinearGroup: the linears of a block that read one input, and so share one Hessian."""
 
     layers: tuple[LayerPlan, ...]
-    smoothed: Norm | None = None  # SmoothQuant's factors go into this norm; None: no smoothing
+    smoothed: Norm | None = None  # the norm that SmoothQuant's factors go into
+    input_factor: bool = False  # without such a norm they stay on the linears' inputs
 
     @property
     def in_features(self) -> int:

@@ -82,8 +82,9 @@ def published_weights(store: Store, key: str, plan: Plan, block: int) -> dict[st
     weights = {name: tensors[name] for name in norms}
     for layer in plan.blocks[block].quantized():
         assert layer.scheme is not None
-        parts = {s: tensors[f"{layer.name}.{s}"] for s in form.suffixes(layer.scheme)}
-        weights[f"{layer.name}.weight"] = form.decode(parts, layer.scheme)
+        own = f"{layer.name}."
+        parts = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
+        weights[f"{own}weight"] = form.decode(parts, layer.scheme, layer.in_features)
     return weights
 
 
@@ -115,9 +116,16 @@ def encode_solved(
                 rows = slice(first, first + layer.out_features)
                 first += layer.out_features
                 qparams = Qparams(torch.tensor(scale_OG[rows]), torch.tensor(zero_OG[rows]))
-                codes = torch.tensor(codes_OI[rows])
-                scale = by_group[index][0].input_scale if layer.scheme.kind.static else None
-                tensors |= _encoded(plan, layer, codes, qparams, source, scale)
+                served = by_group[index][0]
+                factor_I = served.input_factor_I
+                linear = QuantizedLinear(
+                    torch.tensor(codes_OI[rows]),
+                    qparams,
+                    layer.scheme,
+                    served.input_scale if layer.scheme.kind.static else None,
+                    None if factor_I is None else torch.tensor(factor_I),
+                )
+                tensors |= _encoded(plan, layer, linear, source)
                 total = output_O[rows].sum()
                 relative = math.sqrt(error_O[rows].sum() / total) if total > 0 else None
                 facts = _facts_of(plan, layer, by_group[index][0].facts)
@@ -134,7 +142,8 @@ def encode_rounded(plan: Plan, layers: Iterable[LayerPlan], source: ModelSource)
         ((_, w_OI),) = source.read([f"{layer.name}.weight"])
         qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
         codes_OI = quantize(w_OI, qparams, layer.scheme)
-        tensors |= _encoded(plan, layer, codes_OI, qparams, source)
+        linear = QuantizedLinear(codes_OI, qparams, layer.scheme)
+        tensors |= _encoded(plan, layer, linear, source)
         delta_OI = w_OI.float() - dequantize(codes_OI, qparams, layer.scheme)
         norm = w_OI.float().norm().item()
         line = report_line(layer, {}, None)
@@ -170,15 +179,8 @@ def report_line(
 
 
 def _encoded(
-    plan: Plan,
-    layer: LayerPlan,
-    codes_OI: Tensor,
-    qparams: Qparams,
-    source: ModelSource,
-    input_scale: float | None = None,
+    plan: Plan, layer: LayerPlan, linear: QuantizedLinear, source: ModelSource
 ) -> dict[str, Tensor]:
-    assert layer.scheme is not None
     scale_dtype = source.tensors[f"{layer.name}.weight"].dtype
-    linear = QuantizedLinear(codes_OI, qparams, layer.scheme, input_scale)
     parts = FORMATS[plan.format].encode(linear, scale_dtype)
     return {f"{layer.name}.{suffix}": tensor for suffix, tensor in parts.items()}

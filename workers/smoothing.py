@@ -4,6 +4,7 @@ Every worker that solves a part of the group comes to the same answer by itself:
 beside waiting for another's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class GroupInputs:
     alpha: float | None
     factor_I: Tensor  # float32; ones where nothing is smoothed
     norm: dict[str, FloatArray]  # the norm's new tensors by name, in values that it can store
+    stays: bool  # whether the factor stays on the inputs
     scale: float | None  # of static activations
 
 
@@ -32,36 +34,30 @@ def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSour
     norm: dict[str, FloatArray] = {}
     if group.smoothed is not None:
         smoothing, norm = _into_norm(plan, group, group.smoothed, ranges, source)
+    elif group.input_factor:
+        smoothing = _choose(
+            plan, _readers(group, ranges, source), ranges, lambda factor_I: factor_I
+        )
+    stays = group.input_factor and smoothing.alpha is not None
     scale = None
     for layer in group.quantized():
         if layer.scheme is not None and layer.scheme.kind.static:
             dtype = source.tensors[f"{layer.name}.weight"].dtype
             scale = input_scale(ranges, smoothing.factor_I, layer.scheme, dtype)
-    return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, scale)
+    return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, stays, scale)
 
 
 def _into_norm(
     plan: Plan, group: GroupPlan, norm: Norm, ranges: Ranges, source: ModelSource
 ) -> tuple[Smoothing, dict[str, FloatArray]]:
-    device = ranges.low_I.device
-    weights = dict(source.read(f"{layer.name}.weight" for layer in group.layers))
-    readers = [
-        Reader(weights[f"{layer.name}.weight"].to(device), layer.scheme)
-        for layer in group.layers
-        if layer.scheme is not None
-    ]
+    device, readers = ranges.low_I.device, _readers(group, ranges, source)
     stored = {name: tensor.to(device) for name, tensor in source.read(norm.tensors())}
 
     def folded(factor_I: Tensor) -> FoldedNorm:
         bias_I = stored.get(f"{norm.name}.bias")
         return fold(stored[f"{norm.name}.weight"], bias_I, factor_I, norm.rule)
 
-    alphas = plan.smoothquant.alphas
-    if len(alphas) == 1:
-        factor_I = factors(ranges, readers, alphas[0])
-        chosen = Smoothing(alphas[0], folded(factor_I).factor_I)
-    else:
-        chosen = search(ranges, readers, alphas, lambda wanted_I: folded(wanted_I).factor_I)
+    chosen = _choose(plan, readers, ranges, lambda wanted_I: folded(wanted_I).factor_I)
     if chosen.alpha is None:
         return chosen, {}
     became = folded(factors(ranges, readers, chosen.alpha))
@@ -69,3 +65,22 @@ def _into_norm(
     if became.bias_I is not None:
         new[f"{norm.name}.bias"] = became.bias_I
     return chosen, {name: tensor.float().cpu().numpy() for name, tensor in new.items()}
+
+
+def _readers(group: GroupPlan, ranges: Ranges, source: ModelSource) -> list[Reader]:
+    weights = dict(source.read(f"{layer.name}.weight" for layer in group.layers))
+    return [
+        Reader(weights[f"{layer.name}.weight"].to(ranges.low_I.device), layer.scheme)
+        for layer in group.layers
+        if layer.scheme is not None
+    ]
+
+
+def _choose(
+    plan: Plan, readers: list[Reader], ranges: Ranges, became: Callable[[Tensor], Tensor]
+) -> Smoothing:
+    """The job's own alpha, or the best one; `became` says what factors come to when stored."""
+    alphas = plan.smoothquant.alphas
+    if len(alphas) > 1:
+        return search(ranges, readers, alphas, became)
+    return Smoothing(alphas[0], became(factors(ranges, readers, alphas[0])))

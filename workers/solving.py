@@ -53,7 +53,8 @@ def solve_group(
     inputs = known.inputs
     if inputs is None:
         return SolvedGroup(task.group, tuple(tiles), facts)
-    return SolvedGroup(task.group, tuple(tiles), facts, inputs.norm, inputs.scale)
+    factor_I = inputs.factor_I.cpu().numpy() if inputs.stays else None
+    return SolvedGroup(task.group, tuple(tiles), facts, inputs.norm, inputs.scale, factor_I)
 
 
 def _learn(
@@ -69,7 +70,8 @@ def _learn(
         facts |= {"tokens": ranges.tokens, "dropped": ranges.dropped}
         facts["silent_inputs"] = int((ranges.largest() == 0).sum().item())
         facts["alpha"] = inputs.alpha
-        facts["smoothed_in"] = group.smoothed.name if group.smoothed and inputs.norm else None
+        into = group.smoothed.name if group.smoothed and inputs.norm else None
+        facts["smoothed_in"] = "inputs" if inputs.stays else into
     if moments is not None:
         h_II = moments.mean()
         facts |= {"tokens": moments.tokens, "dropped": moments.dropped}

@@ -256,6 +256,7 @@ class SolvedGroup:
     facts: dict[str, Any]  # damping, fallback, tokens, dropped, silent inputs, alpha
     norm: dict[str, FloatArray] = field(default_factory=dict)  # a smoothed group's, by name
     input_scale: float | None = None  # of a static scheme
+    input_factor_I: FloatArray | None = None  # that no norm took
 
 
 @dataclass(frozen=True, slots=True)

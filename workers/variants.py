@@ -13,8 +13,9 @@ from quantcore.affine import choose_qparams, dequantize, quantize
 from quantcore.errors import StoreError
 from quantcore.schemes import Scheme
 from workers.layout import MODEL
+from workers.loading import load
 from workers.plan import Plan
-from workers.skeleton import empty_model, quiet_transformers
+from workers.skeleton import empty_model
 from workers.sources import ModelSource
 from workers.store import Store
 
@@ -49,14 +50,6 @@ def _rounding(scheme: Scheme) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tenso
     return lambda _module, args: (fake_quantize(args[0], scheme), *args[1:])
 
 
-def artifact(folder: Path, dtype: torch.dtype) -> Any:
-    """A finished model as its users load it: by transformers, from its folder."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
 def stored_artifact(store: Store, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer of a job's model/ folder, downloaded to a scratch folder first."""
     from transformers import AutoTokenizer
@@ -70,7 +63,7 @@ def stored_artifact(store: Store, dtype: torch.dtype) -> tuple[Any, Any]:
             local = folder / Path(name).relative_to(MODEL)
             local.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, local)
-        return artifact(folder, dtype), AutoTokenizer.from_pretrained(folder)
+        return load(folder, dtype), AutoTokenizer.from_pretrained(folder)
 
 
 def _assemble(source: ModelSource, dtype: torch.dtype, replace: dict[str, Tensor]) -> Any:

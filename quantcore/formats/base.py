@@ -17,6 +17,7 @@ class QuantizedLinear:
     qparams: Qparams
     scheme: Scheme
     input_scale: float | None = None  # of a static scheme
+    input_factor_I: Tensor | None = None  # float32: inputs are divided by it first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +28,11 @@ class Format:
     refusal_together: Callable[[frozenset[Scheme]], str | None]
     # names of linears that engines load as one matrix: all under one scheme, or all skipped
     fused: tuple[frozenset[str], ...]
+    # whether a linear's inputs may be divided by a factor of their own
+    input_factors: bool
     # tensors by their name after the module's, scales in the dtype given
     encode: Callable[[QuantizedLinear, torch.dtype], dict[str, Tensor]]
-    # the weight that an engine would compute with: float32 values of the stored bytes
-    decode: Callable[[Mapping[str, Tensor], Scheme], Tensor]
-    suffixes: Callable[[Scheme], tuple[str, ...]]
+    # the weight that an engine would compute with, from the stored bytes and in_features: float32
+    decode: Callable[[Mapping[str, Tensor], Scheme, int], Tensor]
     # config.json's quantization_config for the linears with a scheme and those without
     config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]

@@ -40,14 +40,6 @@ def _refusal_together(schemes: frozenset[Scheme]) -> str | None:
     return None
 
 
-def _suffixes(scheme: Scheme) -> tuple[str, ...]:
-    if _storage(scheme) == _PLAIN:
-        plain = ("weight", "weight_scale")
-        return (*plain, "input_scale") if scheme.kind.static else plain
-    packed = ("weight_packed", "weight_scale", "weight_shape")
-    return packed if scheme.symmetric else (*packed, "weight_zero_point")
-
-
 def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -69,7 +61,7 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
     return tensors
 
 
-def _decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _in_features: int) -> Tensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     scale_OG = tensors["weight_scale"].float()
@@ -146,8 +138,8 @@ FORMAT = Format(
         frozenset({"q_proj", "k_proj", "v_proj"}),
         frozenset({"gate_proj", "up_proj"}),
     ),
+    input_factors=False,
     encode=_encode,
     decode=_decode,
-    suffixes=_suffixes,
     config=_config,
 )

@@ -1,0 +1,114 @@
+"""The project's own format: safetensors that carry every scheme, loaded by workers/loading.py.
+
+    NAME.weight_codes    int8 (O, I); 4-bit codes two to a byte, uint8 (O, ceil(I / 2))
+    NAME.weight_scale    (O, G)
+    NAME.weight_zero     int8 (O, G), of asymmetric schemes
+    NAME.input_scale     (1,), of static schemes
+    NAME.input_factor    float32 (I,): inputs are divided by it first (SmoothQuant)
+
+Engines do not know it. What it has beyond compressed-tensors is a factor on inputs that no norm
+could take, and any scheme beside any other.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantcore.affine import Qparams, dequantize
+from quantcore.formats.base import Format, QuantizedLinear
+from quantcore.schemes import Scheme
+
+METHOD = "quantfleet"  # config.json's quant_method
+VERSION = 1
+
+
+def encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    scheme, qparams = linear.scheme, linear.qparams
+    tensors = {
+        "weight_codes": _packed(linear.codes_OI) if scheme.bits == 4 else linear.codes_OI,
+        "weight_scale": qparams.scale_OG.to(scale_dtype),
+    }
+    if not scheme.symmetric:
+        tensors["weight_zero"] = qparams.zero_OG
+    if linear.input_scale is not None:
+        tensors["input_scale"] = torch.tensor([linear.input_scale], dtype=scale_dtype)
+    if linear.input_factor_I is not None:
+        tensors["input_factor"] = linear.input_factor_I
+    return tensors
+
+
+def read(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> QuantizedLinear:
+    """What `encode` was given, scales as they were stored."""
+    codes_OI = tensors["weight_codes"]
+    if scheme.bits == 4:
+        codes_OI = _unpacked(codes_OI, in_features)
+    scale_OG = tensors["weight_scale"].float()
+    zero_OG = tensors.get("weight_zero")
+    if zero_OG is None:
+        zero_OG = torch.zeros(scale_OG.shape, dtype=torch.int8, device=scale_OG.device)
+    scale = tensors.get("input_scale")
+    return QuantizedLinear(
+        codes_OI,
+        Qparams(scale_OG, zero_OG),
+        scheme,
+        None if scale is None else float(scale.item()),
+        tensors.get("input_factor"),
+    )
+
+
+def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor:
+    """For inputs as they were before smoothing: the factor is in the weight."""
+    linear = read(tensors, scheme, in_features)
+    w_OI = dequantize(linear.codes_OI, linear.qparams, scheme)
+    return w_OI if linear.input_factor_I is None else w_OI / linear.input_factor_I
+
+
+def _packed(codes_OI: Tensor) -> Tensor:
+    """Two's-complement nibbles, the even column low."""
+    nibbles_OI = torch.nn.functional.pad(codes_OI, (0, codes_OI.shape[1] % 2)).to(torch.uint8) & 15
+    return nibbles_OI[:, ::2] | (nibbles_OI[:, 1::2] << 4)
+
+
+def _unpacked(packed: Tensor, in_features: int) -> Tensor:
+    nibbles_OI = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :in_features]
+    return (nibbles_OI.to(torch.int8) ^ 8) - 8
+
+
+def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, Any]:
+    distinct = sorted(set(schemes.values()), key=Scheme.label)
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "schemes": [
+            {"name": s.name, "group_size": s.group_size, "symmetric": s.symmetric} for s in distinct
+        ],
+        "linears": {name: distinct.index(scheme) for name, scheme in sorted(schemes.items())},
+        "skipped": sorted(skipped),
+    }
+
+
+def schemes_of(config: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The scheme of each linear, from what `config` wrote. Raises KeyError, TypeError, ..."""
+    if config["version"] != VERSION:
+        raise ValueError(f"version {config['version']}")
+    schemes = [Scheme(**entry) for entry in config["schemes"]]
+    return {name: schemes[index] for name, index in config["linears"].items()}
+
+
+def _refusal(module_kind: str, scheme: Scheme) -> str | None:
+    if module_kind != "Linear":
+        return f"{module_kind} layers are not handled yet: write skip: true for it"
+    return None
+
+
+FORMAT = Format(
+    refusal=_refusal,
+    refusal_together=lambda schemes: None,
+    fused=(),
+    input_factors=True,
+    encode=encode,
+    decode=_decode,
+    config=_config,
+)

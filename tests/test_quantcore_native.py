@@ -1,0 +1,81 @@
+"""The native format: every scheme, and what compressed-tensors cannot carry."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcore.activations import fake_quantize
+from quantcore.affine import choose_qparams, dequantize, quantize
+from quantcore.formats import native
+from quantcore.formats.base import QuantizedLinear
+from quantcore.linear import ServedLinear
+from quantcore.schemes import SCHEME_KINDS, Scheme
+
+SCHEMES = [
+    Scheme(name=name, group_size=None, symmetric=symmetric)
+    for name, kind in SCHEME_KINDS.items()
+    for symmetric in ((True, False) if kind.asymmetric else (True,))
+]
+all_schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
+
+
+def linear(
+    scheme: Scheme, rows: int, width: int, factor_I: Tensor | None = None
+) -> QuantizedLinear:
+    w_OI = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows * width)) + 0.3
+    qparams = choose_qparams(w_OI, scheme, stored=torch.bfloat16)
+    scale = 0.125 if scheme.kind.static else None
+    return QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme, scale, factor_I)
+
+
+@pytest.mark.parametrize("width", [1, 7, 32, 33])
+@pytest.mark.parametrize("rows", [1, 5])
+@all_schemes
+def test_what_is_stored_reads_back(scheme: Scheme, rows: int, width: int) -> None:
+    factor_I = torch.rand(width) + 0.5
+    ours = linear(scheme, rows, width, factor_I)
+    tensors = native.FORMAT.encode(ours, torch.bfloat16)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert tensors["weight_scale"].dtype == torch.bfloat16
+    back = native.read(tensors, scheme, width)
+    assert torch.equal(back.codes_OI, ours.codes_OI)
+    assert torch.equal(back.qparams.scale_OG, ours.qparams.scale_OG)
+    assert torch.equal(back.qparams.zero_OG, ours.qparams.zero_OG)
+    assert back.input_scale == ours.input_scale
+    assert back.input_factor_I is not None
+    assert torch.equal(back.input_factor_I, factor_I)
+    w_OI = dequantize(ours.codes_OI, ours.qparams, scheme)
+    assert torch.equal(native.FORMAT.decode(tensors, scheme, width), w_OI / factor_I)
+
+
+def test_every_code_survives() -> None:
+    scheme = Scheme(name="int4", group_size=None, symmetric=True)
+    codes_OI = torch.arange(-8, 8, dtype=torch.int8).repeat(3, 1)
+    qparams = choose_qparams(codes_OI.float(), scheme, stored=torch.float32)
+    tensors = native.FORMAT.encode(QuantizedLinear(codes_OI, qparams, scheme), torch.float32)
+    assert tensors["weight_codes"].shape == (3, 8)
+    assert torch.equal(native.read(tensors, scheme, 16).codes_OI, codes_OI)
+
+
+def test_the_config_names_each_linears_scheme() -> None:
+    schemes = {"b": SCHEMES[0], "a": SCHEMES[-1], "c": SCHEMES[0]}
+    config = native.FORMAT.config(schemes, ["lm_head"])
+    assert native.schemes_of(config) == schemes
+    assert config["skipped"] == ["lm_head"]
+    with pytest.raises(ValueError, match="version 2"):
+        native.schemes_of({**config, "version": 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@all_schemes
+def test_a_module_serves_what_is_stored(scheme: Scheme, dtype: torch.dtype) -> None:
+    factor_I, bias_O = torch.rand(16) + 0.5, torch.randn(6)
+    ours = linear(scheme, 6, 16, factor_I)
+    x_TI = torch.randn(2, 5, 16).to(dtype)
+    served = ServedLinear(ours, bias_O.to(dtype))(x_TI)
+    assert served.dtype == dtype
+    smooth_TI = (x_TI.float() / factor_I).to(dtype)
+    rounded_TI = fake_quantize(smooth_TI, scheme, ours.input_scale)
+    w_OI = dequantize(ours.codes_OI, ours.qparams, scheme).to(dtype)
+    expected = rounded_TI.double() @ w_OI.double().T + bias_O.to(dtype).double()
+    assert torch.allclose(served.double(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,65 @@
+"""Finished models as transformers modules, from their folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quantcore.errors import SourceError
+from quantcore.formats import native
+from quantcore.linear import ServedLinear
+from workers.skeleton import empty_model, quiet_transformers
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A fetched artifact in any format, or an unquantized model: ready to compute in `dtype`.
+
+    Raises SourceError for a native artifact that is damaged or of another version.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet_transformers():
+        config = json.loads((folder / "config.json").read_text())
+        quantization = config.get("quantization_config") or {}
+        if quantization.get("quant_method") != native.METHOD:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+        plain = AutoConfig.from_pretrained(folder)
+        del plain.quantization_config
+    try:
+        schemes = native.schemes_of(quantization)
+        model = empty_model(plain, dtype)
+        tensors = _tensors(folder)
+        for name, scheme in schemes.items():
+            prefix = f"{name}."
+            parts = {key.removeprefix(prefix): tensors.pop(key) for key in _of(tensors, prefix)}
+            bias = parts.pop("bias", None)
+            width = model.get_submodule(name).in_features
+            served = ServedLinear(
+                native.read(parts, scheme, width), None if bias is None else bias.to(dtype)
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, served)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SourceError(f"{folder} is no native artifact that is whole: {error!r}") from None
+    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    model.load_state_dict(cast, strict=False, assign=True)
+    model.tie_weights()
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise SourceError(f"{folder} lacks '{empty[0]}'")
+    return model.eval().to(device)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def _of(tensors: dict[str, Tensor], prefix: str) -> list[str]:
+    return [name for name in tensors if name.startswith(prefix)]
