@@ -16,8 +16,7 @@ from orchestrator.costs import Rates, block_seconds, rates_of
 from orchestrator.holdings import Chunk, Pace
 from orchestrator.keeping import Keeping
 from orchestrator.machines import Chosen
-from orchestrator.printing import gib
-from orchestrator.sizes import Sizes
+from orchestrator.sizes import Sizes, gib
 from quantcore.errors import Fault, ResourceError, StoreError
 from workers.architecture import Architecture
 from workers.capacity import Disk

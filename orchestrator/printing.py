@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.sizes import gib
 from quantcore.errors import JobFaults, QuantfleetError
 
 ERR = Console(stderr=True)
@@ -96,11 +97,6 @@ def _time(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def gib(num_bytes: int) -> str:
-    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 // 10 else ("MiB", 2**20)
-    return f"{num_bytes / size:.1f}{unit}"
 
 
 def status_line(facts: dict[str, Any]) -> str:

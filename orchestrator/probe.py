@@ -7,8 +7,7 @@ from orchestrator.admission import block_peak, received_bytes
 from orchestrator.block import solve_pieces
 from orchestrator.checks import Prepared
 from orchestrator.costs import block_seconds, solve_seconds
-from orchestrator.printing import gib
-from orchestrator.sizes import Sizes
+from orchestrator.sizes import Sizes, gib
 from quantcore.errors import ResourceError
 from workers.tasks import Probe
 

@@ -235,6 +235,11 @@ def quantized_bytes(layer: LayerPlan, scale_item: int) -> int:
     return layer.out_features * each_row + 3 * _HEADER
 
 
+def gib(num_bytes: int) -> str:
+    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 // 10 else ("MiB", 2**20)
+    return f"{num_bytes / size:.1f}{unit}"
+
+
 def weights_of(block: BlockPlan) -> int:
     """How many weights a block's linears have."""
     return sum(layer.out_features * layer.in_features for g in block.groups for layer in g.layers)

@@ -13,9 +13,11 @@ from orchestrator.checks import check
 from orchestrator.driver import JobResult, run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer
+from orchestrator.scheduler import Assignment
 from tests.conftest import ARCHITECTURES, save_wide_model
 from workers.blocks import BlockModel, run_block
 from workers.sources import open_source
+from workers.tasks import Collect
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +49,8 @@ def test_workers_on_one_kind_give_the_same_bytes(job_file: JobFile, dtype: str) 
         {"scheme": "int4", "group_size": 32},
         {"scheme": "int4", "group_size": 32, "symmetric": False},
         {"scheme": "int8_dynamic"},
+        {"scheme": "int8_dynamic", "method": "smoothquant"},
+        {"scheme": "int8_static", "method": "smoothquant", "smoothquant": {"alpha": 0.5}},
     ],
     ids=str,
 )
@@ -123,3 +127,50 @@ def test_hidden_states_may_wait_elsewhere_from_the_start(job_file: JobFile, plac
     prepared = dataclasses.replace(prepared, plan=plan)
     result = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cuda"]), Observer())
     assert model_bytes(result.store) == whole
+
+
+def test_smoothing_gives_the_same_bytes_on_any_number_of_workers(job_file: JobFile) -> None:
+    smooth = {"scheme": "int8_static", "method": "smoothquant", "smoothquant": {"rounding": "gptq"}}
+    stores = [
+        run_on_gpu(job_file(f"w{n}", quantization=smooth, workers={}), workers=n).store
+        for n in (1, 2, 3)
+    ]
+    assert model_bytes(stores[0]) == model_bytes(stores[1]) == model_bytes(stores[2])
+
+
+class _Collected(Observer):
+    """The workers that ran texts through blocks."""
+
+    def __init__(self) -> None:
+        self.workers: set[int] = set()
+
+    def submitted(self, assignment: Assignment, worker: int) -> None:
+        if isinstance(assignment.task, Collect):
+            self.workers.add(worker)
+
+
+def test_a_gpu_and_a_core_share_a_job(job_file: JobFile) -> None:
+    """The core would be in the way of the collecting, and is given none of it."""
+    job = job_file("mixed", workers={"kind": "mixed"}, compute_dtype="bfloat16")
+    observer = _Collected()
+    prepared = check(job)
+    assert prepared.plan.contract.kind == {"device": "mixed"}
+    mixed = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cpu", "cuda"]), observer)
+    alone = run_on_gpu(job_file("alone", workers={}, compute_dtype="bfloat16"))
+    assert observer.workers == {1}
+    errors = [
+        [line["relative_output_error"] for line in result.report["layers"]]
+        for result in (mixed, alone)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+
+
+def test_statistics_of_one_kind_serve_on_another(job_file: JobFile, text_file: Path) -> None:
+    texts = {"text": str(text_file), "sequences": 8, "length": 32, "keep_statistics": True}
+    kept = check(job_file("kept", calibration=texts, workers={"kind": "cpu"}))
+    store = run_job(kept, lambda plan: InProcessExecutor(plan, ["cpu"]), Observer()).store
+    result = run_on_gpu(job_file("later", calibration={"statistics": store}, workers={}))
+    first = [line["relative_output_error"] for line in result.report["layers"][:7]]
+    whole = run_on_gpu(job_file("whole", workers={})).report["layers"][:7]
+    assert first == pytest.approx([line["relative_output_error"] for line in whole], rel=0.02)
+    assert result.report["statistics"]["kind"]["device"] == "cpu"
