@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from quantkernels.gram import gram
+from quantkernels.gram import gram_of_finite
 from torch import Tensor
 
 from quantcore.tree import Tree
@@ -20,30 +20,39 @@ def band_rows(width: int, bands: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-@dataclass(slots=True)
 class Moments:
-    """What one LinearGroup's inputs amount to: a sum of x x^T and what went into it."""
+    """What one LinearGroup's inputs amount to: a sum of x x^T and what went into it.
 
-    sum_II: Tensor  # float32; the lower triangle counts
-    tokens: int = 0
-    dropped: int = 0  # tokens left out because a value in them was not finite
+    How many tokens were left out is counted where they are, and read when somebody asks.
+    """
+
+    __slots__ = ("_dropped", "_seen", "sum_II")
+
+    def __init__(self, sum_II: Tensor, tokens: int = 0, dropped: int = 0) -> None:
+        self.sum_II = sum_II  # float32; the lower triangle counts
+        self._seen = tokens + dropped
+        self._dropped: int | Tensor = dropped
+
+    @property
+    def tokens(self) -> int:
+        return self._seen - self.dropped
+
+    @property
+    def dropped(self) -> int:
+        """Tokens left out because a value in them was not finite."""
+        self._dropped = int(self._dropped)
+        return self._dropped
 
     def add(self, x_TI: Tensor) -> None:
         """Add tokens in place. A token with a value that is not finite is left out and counted."""
-        finite_T = x_TI.isfinite().all(dim=1)
-        kept = int(finite_T.sum().item())
-        if kept < len(x_TI):
-            x_TI = torch.where(finite_T[:, None], x_TI, 0)
-        gram(x_TI, self.sum_II)
-        self.tokens += kept
-        self.dropped += len(x_TI) - kept
+        self._dropped = self._dropped + gram_of_finite(x_TI, self.sum_II)
+        self._seen += len(x_TI)
 
     def merged(self, later: "Moments") -> "Moments":
-        return Moments(
-            self.sum_II + later.sum_II,
-            self.tokens + later.tokens,
-            self.dropped + later.dropped,
-        )
+        merged = Moments(self.sum_II + later.sum_II)
+        merged._seen = self._seen + later._seen
+        merged._dropped = self._dropped + later._dropped
+        return merged
 
     def mean(self) -> Tensor:
         """H = the mean of x x^T, symmetric, float32 (I, I)."""

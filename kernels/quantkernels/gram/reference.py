@@ -12,11 +12,6 @@ TILE_COLUMNS = 512
 
 
 def gram(x_TI: Tensor, out_II: Tensor) -> Tensor:
-    """Add X^T X into the lower triangle of `out_II` (float32, (I, I)) and return it.
-
-    `x_TI` is float32, bfloat16 or float16, any strides, T rows. Its products are exact in
-    float32 whatever its dtype; the sum runs in float32.
-    """
     x_TI = x_TI.float()
     width = x_TI.shape[1]
     for start in range(0, width, TILE_COLUMNS):
@@ -28,3 +23,12 @@ def gram(x_TI: Tensor, out_II: Tensor) -> Tensor:
             out=out_II[start:stop, :stop],
         )
     return out_II
+
+
+def gram_of_finite(x_TI: Tensor, out_II: Tensor) -> Tensor:
+    finite_T = x_TI.isfinite().all(dim=1)
+    dropped = (~finite_T).sum()
+    if x_TI.device.type != "cpu" or dropped.item():
+        x_TI = torch.where(finite_T[:, None], x_TI, 0)
+    gram(x_TI, out_II)
+    return dropped
