@@ -16,7 +16,7 @@ Float32 maths on W's own device. No files, no logging, no Ray.
 from dataclasses import dataclass
 
 import torch
-from quantkernels.sweep import AffineColumns, sweep
+from quantkernels.sweep import FUSED_DEVICES, AffineColumns, sweep, sweep_by_root
 from torch import Tensor
 
 from quantcore.affine import Qparams, code_range
@@ -38,9 +38,10 @@ class Factor:
     """One Hessian made ready for any number of solves."""
 
     order_I: Tensor  # int64: the input that is rounded first, second, ...
-    upper_II: Tensor  # float32, U^T U = inverse of the damped H in that order
+    upper_II: Tensor  # float32; by `inverse`, U^T U = H^-1 or U U^T = H, H damped and in that order
     damping: float  # what was needed, at least what was asked for
     silent_inputs: int  # inputs that no calibration token ever made non-zero
+    inverse: bool = True
 
 
 def factorize(h_II: Tensor, config: GptqConfig) -> Factor:
@@ -59,11 +60,15 @@ def factorize(h_II: Tensor, config: GptqConfig) -> Factor:
     if config.act_order:
         order_I = diagonal_I.argsort(descending=True, stable=True)
     damping = config.damping
+    inverse = h_II.device.type not in FUSED_DEVICES
     for _ in range(DAMPING_STEPS):
-        upper_II = _inverse_factor(h_II[order_I][:, order_I], damping * mean)
+        if inverse:
+            upper_II = _inverse_factor(h_II[order_I][:, order_I], damping * mean)
+        else:
+            upper_II = _root(h_II, order_I, damping * mean)
         if upper_II is not None:
             silent = int((diagonal_I == 0).sum().item())
-            return Factor(order_I, upper_II, damping, silent)
+            return Factor(order_I, upper_II, damping, silent, inverse)
         damping *= 10
     raise SolveError(
         f"the Hessian is not positive definite even with damping {damping / 10:g} "
@@ -89,11 +94,11 @@ def solve(
         qmin=qmin,
         qmax=qmax,
     )
-    w_IO = w_OI.float().t()[factor.order_I].contiguous()
-    codes_IO = sweep(w_IO, factor.upper_II, columns, block_columns)
-    codes_OI = torch.empty(w_OI.shape, dtype=torch.int8, device=w_OI.device)
-    codes_OI[:, factor.order_I] = codes_IO.t()
-    return codes_OI
+    # turned round before it is put in order: then only whole rows of memory move
+    w_IO = w_OI.t().contiguous()[factor.order_I].float()
+    run = sweep if factor.inverse else sweep_by_root
+    codes_IO = run(w_IO, factor.upper_II, columns, block_columns)
+    return codes_IO[factor.order_I.argsort()].t().contiguous()
 
 
 def _inverse_factor(h_II: Tensor, damp: float) -> Tensor | None:
@@ -112,3 +117,20 @@ def _inverse_factor(h_II: Tensor, damp: float) -> Tensor | None:
     inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, eye_II, upper=False)
     upper_II = inverse_II.flip(0, 1).contiguous()
     return upper_II if upper_II.isfinite().all() else None
+
+
+def _root(h_II: Tensor, order_I: Tensor, damp: float) -> Tensor | None:
+    """Upper-triangular V with V V^T = H + damp * identity, in that order; None if there is none.
+
+    V is the inverse of what `_inverse_factor` gives, without the triangular inverse, which takes
+    longer than the factorization. What float32 can't hold or factor, float64 may.
+    """
+    reversed_I = order_I.flip(0)
+    for dtype in (torch.float32, torch.float64):
+        damped_II = h_II[reversed_I][:, reversed_I].to(dtype)
+        damped_II.diagonal().add_(damp)
+        lower_II, failed_at = torch.linalg.cholesky_ex(damped_II)
+        if not failed_at.item() and lower_II.isfinite().all():
+            root_II: Tensor = lower_II.flip(0, 1).float()
+            return root_II
+    return None

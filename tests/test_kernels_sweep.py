@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from quantkernels.sweep import AffineColumns, sweep
+from quantkernels.sweep import AffineColumns, sweep, sweep_by_root
 from torch import Tensor
 
 from tests.references import (
@@ -118,6 +118,23 @@ def test_only_the_weights_are_used_up() -> None:
     sweep(w_IO, upper_II, grid, 8)
     now = (upper_II, grid.scale_GO, grid.zero_GO, grid.group_of_I)
     assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("width", "block_columns"),
+    [*itertools.product((1, 7, 130), (1, 7, 128, 4096)), (513, 16), (700, 128)],
+)
+def test_the_root_leads_to_the_same_codes_as_the_inverse(width: int, block_columns: int) -> None:
+    rows = 33
+    w_IO, upper_II, grid = weights(width, rows), upper(width), columns(width, rows)
+    naive = reference(w_IO, upper_II, grid)
+    root_II = torch.from_numpy(np.linalg.inv(upper_II)).float()
+    root_II[torch.ones(width, width, dtype=torch.bool).tril(-1)] = float("nan")
+    codes_IO = sweep_by_root(w_IO.clone(), root_II, grid, block_columns)
+    assert (codes_IO.shape, codes_IO.dtype) == ((width, rows), torch.int8)
+    clear_O = naive.margin_O > CLEAR
+    assert clear_O.mean() > 0.5
+    assert np.array_equal(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O])
 
 
 def test_a_diagonal_factor_hands_no_error_on() -> None:

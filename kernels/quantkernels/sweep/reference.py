@@ -4,6 +4,12 @@ For columns i in order, with U upper triangular (U^T U = H^-1):
 
     q_i = code of w_i;   e_i = (w_i - value(q_i)) / U[i, i];   w_j -= U[i, j] e_i   for j > i
 
+With V = U^-1, upper triangular too (V V^T = H), and d_i = w_i - value(q_i) taken from the
+weights as they were given, trace(d H d^T) = |d V|^2, and rounding each column so that its own
+term is least is the same sweep:
+
+    q_i = code of w_i + (sum over k < i of V[k, i] d_k) / V[i, i]
+
 The update of far columns is delayed to one matrix product per block of columns
 (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, section 3.2, "lazy batch-updates").
 
@@ -50,4 +56,28 @@ def sweep(w_IO: Tensor, upper_II: Tensor, columns: AffineColumns, block_columns:
                 w_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
         if stop < width:
             w_IO[stop:].addmm_(upper_II[start:stop, stop:].t(), error_BO, alpha=-1)
+    return codes_IO
+
+
+def sweep_by_root(
+    w_IO: Tensor, root_II: Tensor, columns: AffineColumns, block_columns: int
+) -> Tensor:
+    width, rows = w_IO.shape
+    codes_IO = torch.empty(width, rows, dtype=torch.int8, device=w_IO.device)
+    owed_IO = torch.zeros_like(w_IO)  # the sum over k, as far as it is known
+    group_of_I = columns.group_of_I.tolist()
+    pivot_I = root_II.diagonal().tolist()
+    for start in range(0, width, block_columns):
+        stop = min(start + block_columns, width)
+        for i in range(start, stop):
+            scale_O = columns.scale_GO[group_of_I[i]]
+            zero_O = columns.zero_GO[group_of_I[i]]
+            moved_O = w_IO[i] + owed_IO[i] / pivot_I[i]
+            code_O = (moved_O / scale_O).round_().add_(zero_O).clamp_(columns.qmin, columns.qmax)
+            codes_IO[i] = code_O
+            w_IO[i] -= code_O.sub_(zero_O).mul_(scale_O)
+            if i + 1 < stop:
+                owed_IO[i + 1 : stop].addr_(root_II[i, i + 1 : stop], w_IO[i])
+        if stop < width:
+            owed_IO[stop:].addmm_(root_II[start:stop, stop:].t(), w_IO[start:stop])
     return codes_IO
