@@ -181,6 +181,20 @@ def test_clear_decisions_of_the_sweep_are_those_of_the_reference(
     assert np.array_equal(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O])
 
 
+def test_weights_far_outside_the_grid_take_its_ends() -> None:
+    w_IO = torch.tensor([[1e10, -5.0, 0.0, 1e30, -1e30, 3.0]])
+    scale_GO = torch.tensor([[2e-38, 2e-38, 2e-38, 1.0, 1.0, 0.5]])
+    grid = AffineColumns(
+        scale_GO=scale_GO,
+        zero_GO=torch.zeros(1, 6),
+        group_of_I=torch.zeros(1, dtype=torch.int64),
+        qmin=-8,
+        qmax=7,
+    )
+    codes_IO = swept(w_IO, torch.ones(1, 1, device=DEVICE), moved(grid), 128)
+    assert codes_IO.tolist() == [[7, -8, 0, 7, -8, 6]]
+
+
 def test_a_sweep_of_several_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_sweep, "SWEEP_SPAN", 32)
     w_IO, grid = weights(100, 20), columns(100, 20)

@@ -106,7 +106,7 @@ def _nearest(moved, scale, per_scale, zero, qmin, qmax, GRID: tl.constexpr):
     tl.static_assert(GRID == "affine", "this grid is not known here")
     # moved / scale, rounded as a division would be, without its branch for the rarest operands:
     # loads could not be moved over that
-    steps = moved * per_scale
+    steps = tl.minimum(tl.maximum(moved * per_scale, -1e9), 1e9)  # an infinite one has no rest
     steps = tl.fma(tl.fma(-steps, scale, moved), per_scale, steps)
     # adding and taking off 1.5 * 2**23 rounds to a whole number, ties to even
     whole = (steps + 12582912.0) - 12582912.0
