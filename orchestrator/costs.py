@@ -51,7 +51,7 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
         forward = single if dtype == "float32" else half
         said = f"a table's rates for {name}" if name else f"{kind['name']} taken for a slow GPU"
         return Rates(
-            forward=0.5 * forward, float32=0.5 * single, column_s=9e-5, weight_s=2e-9, said=said
+            forward=0.5 * forward, float32=0.5 * single, column_s=5e-7, weight_s=2e-11, said=said
         )
     speed = 0.7 * threads  # of a lone product on one core
     single = flops.get("float32", 5e10)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quantkernels.bits import CONFIGURATION
 from torch import Tensor
 
 from jobs.match import matches
@@ -119,6 +120,7 @@ def make_plan(
             chunks=chunks,
             row_tile=ROW_TILE,
             attention="sdpa",
+            kernels={} if kind["device"] == "cpu" else dict(CONFIGURATION),
         ),
     )
 

@@ -5,7 +5,6 @@ Their order is fixed by the tree (tree.py). Shape suffixes: T = tokens, I = in_f
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from quantkernels.gram import gram_of_finite

@@ -111,6 +111,7 @@ class Contract:
     chunks: int  # leaves of the fixed tree of Hessian sums; workers own whole chunks
     row_tile: int  # rows per solve
     attention: str
+    kernels: dict[str, int | str] = dataclasses.field(default_factory=dict)  # a GPU's sums
     deterministic: bool = True
     bits_version: int = BITS_VERSION
 
