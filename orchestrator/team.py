@@ -28,9 +28,7 @@ class Team:
 
     @property
     def states_on(self) -> str:
-        """Where hidden states wait from the start: of a mixed team, what its shortest needs."""
-        if len(self.parts) == 1:
-            return self.parts[0][1].prediction.states_on
+        """Where all hidden states wait from the start; '' for the place nearest to each worker."""
         pairs = [(chosen.device, admitted.prediction.states_on) for chosen, admitted in self.parts]
         lowered = [place for device, place in pairs if place != places(device)[0]]
         return max(lowered, key=places("cuda").index, default="")

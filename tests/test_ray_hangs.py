@@ -51,9 +51,10 @@ def at_submit(assignment):
 patience = Patience(silent_s=8)
 """
 _HANGS = """
+mark = Path(sys.argv[2])  # here: a worker has arguments of its own
+
 class Hangs(RayWorker):
     def run(self, task, parts, inputs):
-        mark = Path(sys.argv[2])
         if type(task).__name__ == "Collect" and task.block == 1 and not mark.exists():
             mark.touch()
             time.sleep(3600)
