@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ os.environ["QUANTFLEET_BEAT_S"] = "0.2"  # a driver that was killed is soon know
 import pytest
 import torch
 import yaml
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else commands here ignore it too
 
 VOCABULARY = 320
 HIDDEN = 64

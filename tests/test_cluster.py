@@ -104,7 +104,8 @@ def test_nodes_of_several_kinds_share_a_job(site: Path) -> None:
     collected = {e["worker"] for e in events if e.get("kind") == "Collect"}
     assert len(collected) == 2
     ours, theirs = (_errors(site, store) for store in ("mixed", "whole"))
-    assert ours == pytest.approx(theirs, rel=0.05)
+    assert ours == pytest.approx(theirs, rel=0.2)
+    assert sum(ours) == pytest.approx(sum(theirs), rel=0.02)
 
 
 def _errors(site: Path, store: str) -> list[float]:

@@ -116,6 +116,8 @@ def logprobs(folder: Path, tokens: list[int]) -> Tensor:
         pytest.param(INT4, id="int4"),
         pytest.param({**INT4, "symmetric": False}, id="int4-asymmetric"),
         pytest.param({"scheme": "int8_dynamic"}, id="int8_dynamic"),
+        pytest.param({"scheme": "int8_dynamic", "method": "smoothquant"}, id="smoothquant"),
+        pytest.param({"scheme": "int8_static", "method": "smoothquant"}, id="int8_static"),
         pytest.param(MIXED, id="mixed"),
     ],
 )
