@@ -144,10 +144,10 @@ class Shard:
         match trip.task:
             case Embed(chunks):
                 self._holdings.settle(chunks, trip.worker, 0)
-                self._holdings.paces[trip.worker].note("Embed", each)
+                self._holdings.note(trip.worker, "Embed", each)
             case Advance(index, chunks):
                 self._holdings.settle(chunks, trip.worker, index + 1)
-                self._holdings.paces[trip.worker].note("Advance", each)
+                self._holdings.note(trip.worker, "Advance", each)
             case Boundary(chunks=chunks):
                 self._shown.update(chunks)
                 assert self._after is not None
@@ -350,7 +350,7 @@ class Shard:
             return [assignment]
         step = block.finished(assignment, worker)
         if isinstance(step.task, Collect):
-            self._holdings.paces[worker].note("Collect", seconds / len(step.task.chunks))
+            self._holdings.note(worker, "Collect", seconds / len(step.task.chunks))
         if not block.published:
             return []
         self._left.remove(block.index)

@@ -44,17 +44,25 @@ class Holdings:
     def __init__(self, chunks: int) -> None:
         self.chunks = [Chunk(number) for number in range(chunks)]
         self.paces: dict[int, Pace] = {}
+        self._expected: dict[int, float] = {}  # empty when it is to be reckoned again
+        self._least = 0.0
 
     def joined(self, worker: int, speed: float = 1.0) -> None:
         self.paces[worker] = Pace(speed=speed)
+        self._expected = {}
 
     def lost(self, worker: int) -> None:
         self.paces.pop(worker, None)
+        self._expected = {}
         for chunk in self.chunks:
             if chunk.heir == worker:
                 chunk.heir = None
             if chunk.owner == worker:
                 self.orphan([chunk.number])
+
+    def note(self, worker: int, kind: str, seconds_per_chunk: float) -> None:
+        self.paces[worker].note(kind, seconds_per_chunk)
+        self._expected = {}
 
     def orphan(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -93,15 +101,18 @@ class Holdings:
 
     def expected(self) -> dict[int, float]:
         """Seconds of each worker for a chunk of a block: as seen, or else as its speed has it."""
+        if self._expected:
+            return self._expected
         seen = {worker: pace.per_block() for worker, pace in self.paces.items()}
         work = [seconds * self.paces[w].speed for w, seconds in seen.items() if seconds]
         usual = sum(work) / len(work) if work else 1.0
-        return {w: seen[w] or usual / pace.speed for w, pace in self.paces.items()}
+        self._expected = {w: seen[w] or usual / pace.speed for w, pace in self.paces.items()}
+        self._least = min(self._expected.values(), default=0.0)
+        return self._expected
 
     def slowness(self, worker: int) -> float:
         """How many times as long as the fastest a worker takes."""
-        expected = self.expected()
-        return expected[worker] / min(expected.values())
+        return self.expected()[worker] / self._least
 
     def rebalance(self, blocks_left: int, seconds_to_move: float) -> None:
         """Name heirs where moving chunks now pays within the blocks that are left.

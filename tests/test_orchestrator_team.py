@@ -89,8 +89,8 @@ class TestShares:
         holdings = Holdings(16)
         holdings.joined(0, 4e14)
         holdings.joined(1, 1e14)
-        holdings.paces[0].note("Collect", 1.0)
-        holdings.paces[0].note("Advance", 1.0)
+        holdings.note(0, "Collect", 1.0)
+        holdings.note(0, "Advance", 1.0)
         assert holdings.expected() == {0: 2.0, 1: 8.0}
         assert (holdings.slowness(0), holdings.slowness(1)) == (1.0, 4.0)
 
