@@ -40,8 +40,10 @@ def evaluate(
     tell: Tell = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """Metrics by task; `text` is what `read_text` made of the spec's."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
+    # it would ask git, which complains where there is no repository
+    evaluator.get_git_commit_hash = lambda: None
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, _quiet(), torch.no_grad():
         tasks = list(spec.tasks)
@@ -55,7 +57,7 @@ def evaluate(
             max_length=spec.length,
             device=str(device),
         )
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=wrapped,
             tasks=tasks,
             task_manager=_task_manager(spec, Path(scratch)),
