@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.fitting import Admission, Admitted, Job
 from orchestrator.machines import Chosen
-from quantcore.errors import Fault
+from quantcore.errors import Fault, ResourceError
 from workers.capacity import Disk
 from workers.plan import Plan
 from workers.shelf import places
@@ -59,7 +59,15 @@ def admit_team(job: Job, fleet: tuple[Chosen, ...], store: Disk | None) -> tuple
     notes = tuple(f"left out: {fault.message}" for fault in refused)
     first, admitted = parts[0]
     parts[0] = (first, dataclasses.replace(admitted, notes=(*admitted.notes, *notes)))
-    return Team(tuple(parts)), []
+    team = Team(tuple(parts))
+    found = len(team.devices)
+    if wanted is not None and found < wanted:
+        message = "; ".join([f"there is room for {found} workers of all kinds", *notes])
+        fault = Fault(
+            field="workers.count", message=f"{message}: write count: {found}", kind=ResourceError
+        )
+        return team, [fault]
+    return team, []
 
 
 def _at_most(

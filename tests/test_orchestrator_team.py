@@ -70,6 +70,12 @@ class TestTeam:
         (note,) = (n for n in team.parts[0][1].notes if n.startswith("left out"))
         assert "has 1.0GiB free" in note
 
+    def test_more_than_there_are_is_refused(self) -> None:
+        fleet = self.fleet(gpu(100 * GIB), cpu_machine("a", devices={"cpu": 2}))
+        _, (fault,) = admit_team(self.wanted(count=4), fleet, None)
+        assert (fault.field, fault.kind) == ("workers.count", ResourceError)
+        assert fault.message.endswith("write count: 3")
+
     def test_no_room_anywhere_is_refused(self) -> None:
         fleet = self.fleet(cpu_machine("a", memory_free=GIB), cpu_machine("b", memory_free=GIB))
         _, (fault, *_) = admit_team(self.wanted(), fleet, None)
