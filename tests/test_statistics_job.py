@@ -14,6 +14,7 @@ from orchestrator.checks import check
 from orchestrator.driver import run_job
 from orchestrator.loop import Observer
 from quantcore.errors import JobFaults, SpecError, StoreError
+from tests.command import quantfleet
 from tests.conftest import BLOCKS
 from tests.faults import KillingExecutor, schedule
 from tests.test_orchestrator_job import model_bytes, run_here
@@ -204,3 +205,27 @@ def test_what_they_take_in_the_store_is_predicted(keeping: JobFile) -> None:
     assert taken - headers < predicted
     sample = sum(load_file(file)["sample"].nbytes for file in files)
     assert predicted < taken - sample + 12 * 2**20
+
+
+def test_statistics_in_s3_serve_a_job_in_a_folder(
+    job_file: JobFile, keeping: JobFile, bucket: str
+) -> None:
+    kept = run_here(keeping("kept", output={"store": f"{bucket}/jobs"}))
+    assert kept.store == f"{bucket}/jobs/kept"
+    later = run_here(job_file("later", quantization=INT4, **from_statistics(kept.store)))
+    whole = run_here(keeping("whole"))
+    assert model_bytes(later.store) == model_bytes(whole.store)
+
+
+def test_a_job_over_statistics_is_taken_up_from_its_store(
+    job_file: JobFile, keeping: JobFile
+) -> None:
+    kept = run_here(keeping("kept")).store
+    job = job_file("later", quantization=INT4, **from_statistics(kept))
+    store = Path(run_here(job).store)
+    for record in [store / "manifest.json", store / "ledger" / "block-00001.json"]:
+        record.unlink()
+    outcome = quantfleet("resume", "--in-process", str(store))
+    assert outcome.code == 0, outcome
+    assert "2 of 3 blocks are finished" in outcome.err
+    assert model_bytes(str(store)) == model_bytes(kept)
