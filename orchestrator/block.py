@@ -245,6 +245,5 @@ def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:
     """
     width = float(group.in_features)
     if not plan.summed(group):
-        tries = len(plan.smoothquant.alphas) if group.smoothed else 1
-        return tries * SAMPLE_TOKENS * tiles * plan.contract.row_tile * width
+        return plan.alphas_tried(group) * SAMPLE_TOKENS * tiles * plan.contract.row_tile * width
     return width**3 + 2 * tiles * plan.contract.row_tile * width**2

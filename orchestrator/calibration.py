@@ -199,12 +199,10 @@ class Shard:
         if self._nothing_at == self.version:  # the answer to another worker, the same for all
             return None
         assignment = block.offer(solves=not slow)
-        if assignment is None and not slow:
-            self._nothing_at = self.version
-        elif assignment is None:
-            return None
-        else:
+        if assignment is not None:
             self._given[assignment.id] = (worker, block)
+        elif not slow:
+            self._nothing_at = self.version
         return assignment
 
     def _current(self) -> BlockWork:

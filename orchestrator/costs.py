@@ -124,7 +124,7 @@ def solve_seconds(sizes: Sizes, rates: Rates, group: GroupPlan) -> float:
     part = rows * mine / max(tiles, 1)
     width = float(group.in_features)
     if not sizes.plan.summed(group):
-        tries = len(sizes.plan.smoothquant.alphas) if group.smoothed else 1
+        tries = sizes.plan.alphas_tried(group)
         return tries * (2 * SAMPLE_TOKENS * rows * width / rates.float32)
     products = (width**3 + 6 * part * width**2) / rates.float32
     return products + mine * width * rates.column_s + part * width * rates.weight_s

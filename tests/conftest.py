@@ -19,6 +19,8 @@ import yaml
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs behind
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else commands here ignore it too
 
+from tests.command import Outcome, quantfleet, snapshot
+
 VOCABULARY = 320
 HIDDEN = 64
 INNER = 128
@@ -160,6 +162,24 @@ def job_file(
         return path
 
     return write
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Run a command that must be refused; its message, which is all that it leaves behind."""
+
+    def run(
+        code: int, *args: str | Path, command: Callable[..., Outcome] = quantfleet, lines: int = 1
+    ) -> str:
+        before = snapshot(tmp_path)
+        outcome = command(*args)
+        assert (outcome.code, outcome.out) == (code, ""), outcome
+        assert len(outcome.err.splitlines()) == lines, outcome.err
+        assert "Traceback" not in outcome.err
+        assert snapshot(tmp_path) == before
+        return outcome.err.strip()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Whole W8A8 jobs: smoothed or not, activations by token or by one calibrated scale."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from orchestrator.driver import run_job
 from orchestrator.fetch import fetch
 from orchestrator.loop import Observer
 from quantcore.activations import fake_quantize
+from quantcore.errors import SourceError
 from quantcore.schemes import Scheme
 from tests.conftest import save_model
 from tests.faults import KillingExecutor, schedule
@@ -272,3 +274,42 @@ def test_a_native_artifact_is_evaluated(loud_job: JobFile, text_file: Path, tmp_
     assert metrics["quantized"]["text"][name] == pytest.approx(
         metrics["original"]["text"][name], rel=0.05
     )
+
+
+def test_a_group_may_mix_what_rounds_activations_with_what_does_not(
+    loud_job: JobFile, tmp_path: Path
+) -> None:
+    """Nothing is solved, so there is no Hessian: all errors are told by the sample."""
+    quantization = {
+        "scheme": "int8_dynamic",
+        "method": "rtn",
+        "overrides": [{"match": "*.k_proj", "scheme": "int8", "method": "rtn"}],
+    }
+    output = {"store": str(tmp_path / "store"), **NATIVE}
+    lines = lines_of(loud_job("job", quantization, output=output))
+    errors = {line["layer"].rpartition(".")[2]: line["relative_output_error"] for line in lines[:7]}
+    assert 0 < errors["k_proj"] < errors["q_proj"] < 0.2
+
+
+@pytest.mark.parametrize("damage", ["cut", "version", "unknown scheme", "tensor gone"])
+def test_a_damaged_native_artifact_is_no_traceback(
+    loud_job: JobFile, tmp_path: Path, damage: str
+) -> None:
+    output = {"store": str(tmp_path / "store"), **NATIVE}
+    result = run_here(loud_job("job", {"scheme": "int8"}, output=output))
+    out = tmp_path / "out"
+    fetch(open_store(result.store), out)
+    block = next(out.glob("block-00001.*"))
+    config = json.loads((out / "config.json").read_text())
+    if damage == "cut":
+        block.write_bytes(block.read_bytes()[:2000])
+    elif damage == "version":
+        config["quantization_config"]["version"] = 99
+    elif damage == "unknown scheme":
+        config["quantization_config"]["schemes"][0]["name"] = "int5"
+    else:
+        tensors = load_file(block)
+        save_file({k: v for k, v in tensors.items() if "input_layernorm" not in k}, block)
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=str(out)):
+        load(out, torch.float32)

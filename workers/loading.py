@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcore.errors import SourceError
@@ -42,7 +42,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -
             )
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, served)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{folder} is no native artifact that is whole: {error!r}") from None
     cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     model.load_state_dict(cast, strict=False, assign=True)

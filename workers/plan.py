@@ -164,6 +164,10 @@ class Plan:
         solved = any(self.rounding(layer) == "gptq" for layer in quantized)
         return self.keeps_statistics or (bool(quantized) and (solved or not self.ranged(group)))
 
+    def alphas_tried(self, group: GroupPlan) -> int:
+        """How often a group's outputs are computed to choose its smoothing by."""
+        return len(self.smoothquant.alphas) if group.smoothed or group.input_factor else 1
+
     @property
     def keeps_statistics(self) -> bool:
         return self.calibration is not None and self.calibration.keep_statistics

@@ -25,7 +25,6 @@ class GroupInputs:
     alpha: float | None
     factor_I: Tensor  # float32; ones where nothing is smoothed
     norm: dict[str, FloatArray]  # the norm's new tensors by name, in values that it can store
-    stays: bool  # whether the factor stays on the inputs
     scale: float | None  # of static activations
 
 
@@ -38,13 +37,12 @@ def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSour
         smoothing = _choose(
             plan, _readers(group, ranges, source), ranges, lambda factor_I: factor_I
         )
-    stays = group.input_factor and smoothing.alpha is not None
     scale = None
     for layer in group.quantized():
         if layer.scheme is not None and layer.scheme.kind.static:
             dtype = source.tensors[f"{layer.name}.weight"].dtype
             scale = input_scale(ranges, smoothing.factor_I, layer.scheme, dtype)
-    return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, stays, scale)
+    return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, scale)
 
 
 def _into_norm(

@@ -53,7 +53,8 @@ def solve_group(
     inputs = known.inputs
     if inputs is None:
         return SolvedGroup(task.group, tuple(tiles), facts)
-    factor_I = inputs.factor_I.cpu().numpy() if inputs.stays else None
+    stays = plan.blocks[task.block].groups[task.group].input_factor and inputs.alpha is not None
+    factor_I = inputs.factor_I.cpu().numpy() if stays else None
     return SolvedGroup(task.group, tuple(tiles), facts, inputs.norm, inputs.scale, factor_I)
 
 
@@ -70,8 +71,8 @@ def _learn(
         facts |= {"tokens": ranges.tokens, "dropped": ranges.dropped}
         facts["silent_inputs"] = int((ranges.largest() == 0).sum().item())
         facts["alpha"] = inputs.alpha
-        into = group.smoothed.name if group.smoothed and inputs.norm else None
-        facts["smoothed_in"] = "inputs" if inputs.stays else into
+        if inputs.alpha is not None:
+            facts["smoothed_in"] = group.smoothed.name if group.smoothed else "inputs"
     if moments is not None:
         h_II = moments.mean()
         facts |= {"tokens": moments.tokens, "dropped": moments.dropped}
@@ -123,10 +124,11 @@ def _errors(
 ) -> tuple[Tensor, Tensor]:
     """Squared error of each row's output, and the squared output itself, float64.
 
-    On the sampled tokens, with activations rounded as while serving, if the scheme rounds them;
-    else as a mean over all tokens, from the Hessian: w H w^T.
+    On the sampled tokens, with activations rounded as while serving, if the scheme rounds them or
+    nothing else was asked for; else as a mean over all tokens, from the Hessian: w H w^T.
     """
-    if scheme.kind.activation_bits is not None:
+    h_II = known.h_II
+    if scheme.kind.activation_bits is not None or h_II is None:
         assert known.inputs is not None
         x_SI = known.inputs.ranges.sample_SI / known.inputs.factor_I
         y_SO = x_SI @ w_OI.t()
@@ -136,8 +138,6 @@ def _errors(
             error_SO.square().sum(0, dtype=torch.float64),
             y_SO.square().sum(0, dtype=torch.float64),
         )
-    h_II = known.h_II
-    assert h_II is not None
     delta_OI = w_OI - rounded_OI
     error_O = ((delta_OI @ h_II) * delta_OI).sum(1, dtype=torch.float64)
     return error_O, ((w_OI @ h_II) * w_OI).sum(1, dtype=torch.float64)
