@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jobs.match import compile_pattern
-from quantcore.schemes import SCHEME_KINDS, Scheme
+from quantcore.schemes import SCHEME_KINDS, Scheme, ZeroPoint
 
 Method = Literal["rtn", "gptq", "smoothquant"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Span = Annotated[int, Field(gt=0)] | Literal["channel"]
+Span = Annotated[int, Field(gt=0)] | Literal["channel", "tensor"]
 
 
 def _known_scheme(name: str) -> str:
@@ -81,17 +81,19 @@ class Override(_Section):
     scheme: SchemeName | None = None
     group_size: Span | None = None
     symmetric: bool | None = None
+    zero_point: Literal["int", "float"] | None = None
     method: Method | None = None
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
-        changes = (self.scheme, self.group_size, self.symmetric, self.method)
+        changes = (self.scheme, self.group_size, self.symmetric, self.zero_point, self.method)
         if self.skip and any(change is not None for change in changes):
             raise ValueError("skip: true leaves the layer as it is: drop skip or the other keys")
         if not self.skip and all(change is None for change in changes):
             raise ValueError("changes nothing: write skip: true, a scheme, a group_size, ...")
         if self.scheme is not None:
-            resolve_scheme(self.scheme, self.group_size, self.symmetric is not False)
+            symmetric = self.symmetric is not False and self.zero_point is None
+            resolve_scheme(self.scheme, self.group_size, symmetric, self.zero_point)
         return self
 
 
@@ -99,6 +101,7 @@ class QuantizationSpec(_Section):
     scheme: SchemeName
     group_size: Span | None = None  # None: the scheme's usual one
     symmetric: bool = True
+    zero_point: Literal["int", "float"] | None = None  # of a grid that is not symmetric; None: int
     method: Method = "gptq"
     range: Literal["search", "minmax"] = "search"  # how GPTQ's scales are set
     gptq: GptqSpec = GptqSpec()
@@ -107,7 +110,7 @@ class QuantizationSpec(_Section):
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
-        resolve_scheme(self.scheme, self.group_size, self.symmetric)
+        self.scheme_of()
         for override in self.overrides:
             if not override.skip:
                 scheme = self.with_override(override)
@@ -123,35 +126,57 @@ class QuantizationSpec(_Section):
                 yield self.with_override(override), override.method or self.method
 
     def scheme_of(self) -> Scheme:
-        return resolve_scheme(self.scheme, self.group_size, self.symmetric)
+        return resolve_scheme(self.scheme, self.group_size, self.symmetric, self.zero_point)
 
     def with_override(self, override: Override) -> Scheme:
         """The scheme under an override: a new scheme starts from its own usual group size."""
-        if override.scheme is not None and override.scheme != self.scheme:
-            kind = SCHEME_KINDS[override.scheme]
-            symmetric = override.symmetric
-            if symmetric is None:
-                symmetric = self.symmetric or not kind.asymmetric
-            return resolve_scheme(override.scheme, override.group_size, symmetric)
-        symmetric = self.symmetric if override.symmetric is None else override.symmetric
-        return resolve_scheme(self.scheme, override.group_size or self.group_size, symmetric)
+        symmetric, zero_point = override.symmetric, override.zero_point
+        if override.scheme is None or override.scheme == self.scheme:
+            symmetric = self.symmetric if symmetric is None else symmetric
+            if not symmetric and zero_point is None:
+                zero_point = self.zero_point
+            size = override.group_size or self.group_size
+            return resolve_scheme(self.scheme, size, symmetric, zero_point)
+        known = SCHEME_KINDS[override.scheme].zero_points
+        if symmetric is None:
+            symmetric = (self.symmetric or known == ("none",)) and zero_point is None
+        if not symmetric and zero_point is None and self.zero_point in known:
+            zero_point = self.zero_point
+        return resolve_scheme(override.scheme, override.group_size, symmetric, zero_point)
 
 
-def resolve_scheme(name: str, group_size: int | str | None, symmetric: bool) -> Scheme:
-    """Fill in the scheme's usual group size; raise ValueError where its kind has no such form."""
+def resolve_scheme(
+    name: str,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    zero_point: Literal["int", "float"] | None = None,
+) -> Scheme:
+    """Fill in what a scheme is without being told; ValueError where its kind has no such form."""
     kind = SCHEME_KINDS[name]
-    size = kind.default_group_size if group_size is None else group_size
-    span = size if isinstance(size, int) else None
-    if span is not None and not kind.groups:
-        raise ValueError(f"{name} has one scale per output channel: write group_size: channel")
-    if not symmetric and not kind.asymmetric:
-        raise ValueError(f"{name} is symmetric: write symmetric: true")
-    return Scheme(name=name, group_size=span, symmetric=symmetric)
+    size = kind.usual_span if group_size is None else group_size
+    span = "group" if isinstance(size, int) else size
+    if span not in kind.spans:
+        words = {"group": "a number", "channel": "channel", "tensor": "tensor"}
+        known = " or ".join(words[span] for span in kind.spans)
+        raise ValueError(f"{name} has no scale per {span}: write group_size: {known}")
+    if symmetric and zero_point is not None:
+        raise ValueError("a symmetric grid has no zero point: write symmetric: false, or drop it")
+    zero: ZeroPoint = "none" if symmetric else zero_point or "int"
+    if zero not in kind.zero_points:
+        if kind.zero_points == ("none",):
+            raise ValueError(f"{name} is symmetric: write symmetric: true")
+        raise ValueError(f"{name} has no {zero} zero points: write symmetric: true")
+    return Scheme(
+        name=name,
+        group_size=size if isinstance(size, int) else None,
+        zero_point=zero,
+        per_tensor=span == "tensor",
+    )
 
 
 def _refuse_smoothing(method: Method, scheme: Scheme) -> None:
-    if method == "smoothquant" and scheme.kind.activation_bits is None:
-        suited = " or ".join(name for name, kind in SCHEME_KINDS.items() if kind.activation_bits)
+    if method == "smoothquant" and scheme.activations is None:
+        suited = " or ".join(name for name, kind in SCHEME_KINDS.items() if kind.activations)
         raise ValueError(
             f"method smoothquant helps activations to be rounded, which {scheme.name} leaves as "
             f"they are: write scheme: {suited}, or another method"
@@ -245,7 +270,7 @@ class JobSpec(_Section):
                 raise ValueError(
                     f"method {method} needs texts: add a calibration section, or write rtn"
                 )
-            if scheme.kind.static:
+            if scheme.static:
                 raise ValueError(
                     f"{scheme.name} finds its activation scales in texts: add a calibration section"
                 )

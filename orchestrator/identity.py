@@ -23,7 +23,9 @@ def identity(prepared: Prepared) -> Identity:
     """All but the model's content, which only the survey knows: see `with_content`."""
     spec, plan = prepared.spec, prepared.plan
     quantization = spec.quantization.model_dump(mode="json")
-    quantization["group_size"] = spec.quantization.scheme_of().group_size
+    scheme = spec.quantization.scheme_of()
+    quantization["group_size"] = "tensor" if scheme.per_tensor else scheme.group_size
+    quantization["zero_point"] = scheme.zero_point
     contract = to_json(plan.contract)
     kind = contract.pop("kind")
     threads = contract.pop("threads")

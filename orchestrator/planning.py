@@ -213,7 +213,7 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
         message = "the output head stands after the calibrated blocks: write method: rtn for it"
         return None, [*faults, Fault(field=f"{field}.method", message=message)]
     choice = _choose(spec, head)
-    if choice.layer.scheme and choice.layer.scheme.kind.static:
+    if choice.layer.scheme and choice.layer.scheme.static:
         message = "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
         return None, [*faults, Fault(field=f"{field}.scheme", message=message)]
     return choice.layer, [*faults, *_indivisible([choice])]

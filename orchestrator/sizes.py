@@ -230,7 +230,7 @@ def quantized_bytes(layer: LayerPlan, scale_item: int) -> int:
     assert layer.scheme is not None
     words = -(-layer.in_features * layer.scheme.bits // 32)
     groups = layer.scheme.groups_of(layer.in_features)
-    zero = 0 if layer.scheme.symmetric else _ZERO_POINTS
+    zero = {"none": 0, "int": _ZERO_POINTS, "float": scale_item}[layer.scheme.zero_point]
     each_row = 4 * words + groups * (scale_item + zero)
     return layer.out_features * each_row + 3 * _HEADER
 

@@ -16,10 +16,10 @@ Float32 maths on W's own device. No files, no logging, no Ray.
 from dataclasses import dataclass
 
 import torch
-from quantkernels.sweep import FUSED_DEVICES, AffineColumns, sweep, sweep_by_root
+from quantkernels.sweep import FUSED_DEVICES, Columns, sweep, sweep_by_root
 from torch import Tensor
 
-from quantcore.affine import Qparams, code_range
+from quantcore.affine import Qparams, grid_name
 from quantcore.errors import SolveError
 from quantcore.schemes import Scheme
 
@@ -84,15 +84,15 @@ def solve(
     Rows do not depend on each other. Which rows share a call is part of the contract of bits all
     the same: a matrix product may round differently for another number of rows.
     """
-    qmin, qmax = code_range(scheme.bits)
     width = w_OI.shape[1]
     group_of_I = torch.arange(width, device=w_OI.device) // (scheme.group_size or width)
-    columns = AffineColumns(
+    columns = Columns(
+        grid=grid_name(scheme),
         scale_GO=qparams.scale_OG.t().contiguous(),
         zero_GO=qparams.zero_OG.t().contiguous().float(),
         group_of_I=group_of_I[factor.order_I],
-        qmin=qmin,
-        qmax=qmax,
+        qmin=scheme.grid.lowest,
+        qmax=scheme.grid.highest,
     )
     # turned round before it is put in order: then only whole rows of memory move
     w_IO = w_OI.t().contiguous()[factor.order_I].float()

@@ -109,10 +109,11 @@ def relative_error(ranges: Ranges, readers: Iterable[Reader], factor_I: Tensor) 
         scale = input_scale(ranges, factor_I, reader.scheme, reader.w_OI.dtype)
         x_SI = fake_quantize(smooth_SI, reader.scheme, scale)
         error = norm = 0.0
+        largest = (reader.w_OI.abs().amax(0).float() * factor_I).amax()
         for w_OI in torch.split(reader.w_OI, _ROWS):
             y_SO = ranges.sample_SI @ w_OI.float().t()
             smooth_OI = w_OI.float() * factor_I
-            qparams = choose_qparams(smooth_OI, reader.scheme, stored=w_OI.dtype)
+            qparams = choose_qparams(smooth_OI, reader.scheme, stored=w_OI.dtype, largest=largest)
             codes_OI = quantize(smooth_OI, qparams, reader.scheme)
             rounded_OI = dequantize(codes_OI, qparams, reader.scheme)
             error += (y_SO - x_SI @ rounded_OI.t()).square().sum(dtype=torch.float64).item()
@@ -125,6 +126,6 @@ def input_scale(
     ranges: Ranges, factor_I: Tensor, scheme: Scheme, stored: torch.dtype
 ) -> float | None:
     """The scale of a static scheme's smoothed inputs; None for other schemes."""
-    if not scheme.kind.static:
+    if not scheme.static:
         return None
     return static_scale(ranges.largest() / factor_I, scheme, stored)

@@ -16,6 +16,9 @@ import pytest
 import torch
 import yaml
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs behind
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else commands here ignore it too
 

@@ -80,6 +80,42 @@ def sweep_columns(
     return NaiveResult(codes, margin)
 
 
+def float8_values() -> tuple[Float, Int]:
+    """The finite values of e4m3, rising, and their bits as int8: sign, exponent + 7, mantissa."""
+    values, codes = [], []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        if exponent == 15 and mantissa == 7:  # NaN; there is no infinity
+            continue
+        size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+        values.append(-size if code >= 128 else size)
+        codes.append(code - 256 if code >= 128 else code)
+    order = np.argsort(values, kind="stable")
+    return np.array(values)[order], np.array(codes)[order]
+
+
+def sweep_over_values(
+    w_OI: Float, upper_II: Float, grid_IN: list[tuple[Float, Int]], scale_OI: Float, zero_OI: Float
+) -> NaiveResult:
+    """The same over any grid: a column's values, rising, times its scale plus its zero."""
+    w = w_OI.copy()
+    codes = np.zeros(w.shape, dtype=np.int64)
+    margin = np.full(len(w), np.inf)
+    for i in range(w.shape[1]):
+        values_N, codes_N = grid_IN[i]
+        steps = (w[:, i] - zero_OI[:, i]) / scale_OI[:, i]
+        distance_ON = np.abs(steps[:, None] - values_N)
+        nearest, second = np.argsort(distance_ON, axis=1, kind="stable")[:, :2].T
+        each = np.arange(len(w))
+        gap = np.maximum(np.abs(values_N[second] - values_N[nearest]), 2.0**-9)
+        apart = distance_ON[each, second] - distance_ON[each, nearest]
+        margin = np.minimum(margin, apart / gap / 2)
+        codes[:, i] = codes_N[nearest]
+        value = values_N[nearest] * scale_OI[:, i] + zero_OI[:, i]
+        w[:, i + 1 :] -= np.outer((w[:, i] - value) / upper_II[i, i], upper_II[i, i + 1 :])
+    return NaiveResult(codes, margin)
+
+
 def naive_gptq(
     w_OI: Float, h_II: Float, scale_OI: Float, zero_OI: Float, bits: int, order_I: Int
 ) -> NaiveResult:

@@ -12,7 +12,7 @@ from quantcore.schemes import Scheme
 
 pytestmark = pytest.mark.gpu
 
-INT4 = Scheme(name="int4", group_size=128, symmetric=True)
+INT4 = Scheme(name="int4", group_size=128, zero_point="none")
 
 
 def tokens(count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 from jobs.load import read_document, resolve_paths, validate
 from jobs.spec import JobSpec
 from quantcore.errors import Fault, JobFaults
+from quantcore.schemes import SCHEME_KINDS
 
 GOOD = """\
 model:
@@ -96,7 +97,7 @@ def test_faults_of_all_kinds_are_reported_at_once_with_their_places(job: Path) -
     assert messages["modle"].startswith("unknown key: write one of name, model, quantization,")
     assert messages["model.dtpye"] == "unknown key: write one of path, dtype"
     assert messages["quantization.scheme"] == (
-        "unknown scheme 'int5': write one of int4, int8, int8_dynamic, int8_static"
+        f"unknown scheme 'int5': write one of {', '.join(SCHEME_KINDS)}"
     )
     assert "got '64'" in messages["quantization.group_size"]
     assert "'channel'" in messages["quantization.group_size"]

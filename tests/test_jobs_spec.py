@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.spec import JobSpec, Override, QuantizationSpec, WorkersSpec, resolve_scheme
-from quantcore.schemes import SCHEME_KINDS, Scheme
+from quantcore.schemes import SCHEME_KINDS, Scheme, ZeroPoint
 
 
 def quantization(**keys: Any) -> QuantizationSpec:
@@ -25,15 +25,22 @@ def job(**sections: Any) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(whole))
 
 
-def scheme(name: str, group_size: int | None, symmetric: bool = True) -> Scheme:
-    return Scheme(name=name, group_size=group_size, symmetric=symmetric)
+def scheme(name: str, group_size: int | None, zero_point: ZeroPoint = "none") -> Scheme:
+    return Scheme(name=name, group_size=group_size, zero_point=zero_point)
+
+
+FLOAT_ZERO_INT8 = scheme("int8", None, "float")
 
 
 @pytest.mark.parametrize("name", SCHEME_KINDS)
 def test_a_scheme_has_its_usual_groups_unless_the_job_says_otherwise(name: str) -> None:
     usual = quantization(scheme=name).scheme_of()
-    assert usual == scheme(name, SCHEME_KINDS[name].default_group_size)
-    assert quantization(scheme=name, group_size="channel").scheme_of().group_size is None
+    span = SCHEME_KINDS[name].usual_span
+    assert (usual.group_size or usual.span) == span
+    for span in SCHEME_KINDS[name].spans:
+        size = 32 if span == "group" else span
+        chosen = quantization(scheme=name, group_size=size).scheme_of()
+        assert (chosen.span, chosen.group_size) == (span, 32 if span == "group" else None)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +56,11 @@ def test_a_scheme_has_its_usual_groups_unless_the_job_says_otherwise(name: str) 
             {"overrides": [{"match": "a", "scheme": "int8_dynamic", "symmetric": False}]},
             "write symmetric: true",
         ),
+        ({"scheme": "float8", "group_size": 64}, "write group_size: channel or tensor"),
+        ({"scheme": "int4", "group_size": "tensor"}, "write group_size: a number or channel"),
+        ({"scheme": "float8", "symmetric": False}, "write symmetric: true"),
+        ({"zero_point": "float"}, "write symmetric: false"),
+        ({"overrides": [{"match": "a", "zero_point": "int", "scheme": "float8"}]}, "write symm"),
         ({"scheme": "fp3"}, "unknown scheme 'fp3'"),
         ({"group_size": -32}, "greater than 0"),
         ({"group_size": "row"}, "channel"),
@@ -65,17 +77,22 @@ def test_forms_that_a_scheme_does_not_have_are_refused(keys: dict[str, Any], mes
     ("base", "override", "expected"),
     [
         # what an override does not name stays as the job has it
-        ({"group_size": 64}, {"symmetric": False}, scheme("int4", 64, symmetric=False)),
-        ({"symmetric": False}, {"group_size": 32}, scheme("int4", 32, symmetric=False)),
+        ({"group_size": 64}, {"symmetric": False}, scheme("int4", 64, "int")),
+        ({"symmetric": False}, {"group_size": 32}, scheme("int4", 32, "int")),
         ({"group_size": 64}, {"group_size": "channel"}, scheme("int4", None)),
         ({"group_size": 64}, {"method": "rtn"}, scheme("int4", 64)),
         ({"group_size": 64}, {"scheme": "int4"}, scheme("int4", 64)),
         # another scheme starts from its own usual groups
         ({"group_size": 64}, {"scheme": "int8"}, scheme("int8", None)),
-        ({"symmetric": False}, {"scheme": "int8"}, scheme("int8", None, symmetric=False)),
+        ({"symmetric": False}, {"scheme": "int8"}, scheme("int8", None, "int")),
         ({"symmetric": False}, {"scheme": "int8_dynamic"}, scheme("int8_dynamic", None)),
+        ({"symmetric": False, "zero_point": "float"}, {"scheme": "int8"}, FLOAT_ZERO_INT8),
+        ({"symmetric": False, "zero_point": "float"}, {"symmetric": True}, scheme("int4", 128)),
+        ({"symmetric": False, "zero_point": "float"}, {"scheme": "float8"}, scheme("float8", None)),
+        ({"symmetric": False}, {"zero_point": "float"}, scheme("int4", 128, "float")),
+        ({}, {"scheme": "int8", "zero_point": "float"}, FLOAT_ZERO_INT8),
         ({"scheme": "int8"}, {"scheme": "int4"}, scheme("int4", 128)),
-        ({}, {"scheme": "int8", "group_size": 32, "symmetric": False}, scheme("int8", 32, False)),
+        ({}, {"scheme": "int8", "group_size": 32, "symmetric": False}, scheme("int8", 32, "int")),
     ],
 )
 def test_an_override_changes_what_it_names(
@@ -158,6 +175,5 @@ def test_a_spec_survives_its_own_json() -> None:
 
 @pytest.mark.parametrize("name", SCHEME_KINDS)
 def test_resolving_a_resolved_scheme_changes_nothing(name: str) -> None:
-    once = resolve_scheme(name, None, True)
-    again = resolve_scheme(name, once.group_size or "channel", once.symmetric)
-    assert again == once
+    once = resolve_scheme(name)
+    assert resolve_scheme(name, once.group_size or once.span, once.symmetric) == once

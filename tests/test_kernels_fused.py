@@ -5,26 +5,37 @@ sizes that it finishes in a moment. The interpreter multiplies bfloat16 wrongly 
 truncated, so there 16-bit inputs are float16. A GPU takes both, and the larger sizes.
 """
 
+import dataclasses
 import importlib.util
 import itertools
-import os
 
 import numpy as np
 import pytest
 import torch
 from quantkernels.gram import reference as gram_reference
+from quantkernels.grids import GridName
 from quantkernels.ranges import AffineRange
 from quantkernels.ranges import reference as ranges_reference
-from quantkernels.sweep import AffineColumns
+from quantkernels.sweep import Columns
 from torch import Tensor
 
+from quantcore.schemes import ZeroPoint
+from tests.references import float8_values
 from tests.test_kernels_gram import NAN, assert_lower_is, inputs, strict_upper
-from tests.test_kernels_sweep import CLEAR, columns, reference, upper, weights
+from tests.test_kernels_sweep import (
+    CLEAR,
+    OTHER_GRIDS,
+    columns,
+    other_columns,
+    other_reference,
+    reference,
+    same_codes,
+    upper,
+    weights,
+)
 
 ON_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-if HAS_TRITON and not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 pytestmark = (
     pytest.mark.gpu
@@ -145,17 +156,16 @@ def root_of(width: int) -> Tensor:
     return root_II.to(DEVICE)
 
 
-def moved(grid: AffineColumns, rows: slice = slice(None)) -> AffineColumns:
-    return AffineColumns(
+def moved(grid: Columns, rows: slice = slice(None)) -> Columns:
+    return dataclasses.replace(
+        grid,
         scale_GO=grid.scale_GO[:, rows].to(DEVICE),
         zero_GO=grid.zero_GO[:, rows].to(DEVICE),
         group_of_I=grid.group_of_I.to(DEVICE),
-        qmin=grid.qmin,
-        qmax=grid.qmax,
     )
 
 
-def swept(w_IO: Tensor, root_II: Tensor, grid: AffineColumns, block_columns: int) -> Tensor:
+def swept(w_IO: Tensor, root_II: Tensor, grid: Columns, block_columns: int) -> Tensor:
     return fused_sweep.sweep_by_root(w_IO.to(DEVICE).clone(), root_II, grid, block_columns).cpu()
 
 
@@ -181,10 +191,44 @@ def test_clear_decisions_of_the_sweep_are_those_of_the_reference(
     assert np.array_equal(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O])
 
 
+@pytest.mark.parametrize("grid", OTHER_GRIDS)
+@pytest.mark.parametrize(
+    ("width", "rows"), [(1, 33), (70, 400), *(((1100, 1000), (130, 20_000)) if ON_GPU else ())]
+)
+def test_the_sweep_over_other_grids(grid: GridName, width: int, rows: int) -> None:
+    w_IO, given = weights(width, rows), other_columns(grid, width, rows)
+    naive = other_reference(w_IO, upper(width), given)
+    codes_IO = swept(w_IO, root_of(width), moved(given), 16)
+    clear_O = naive.margin_O > (2e-3 if width > 1000 else CLEAR)
+    assert clear_O.any()
+    assert same_codes(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O], grid)
+
+
+def test_float8_is_rounded_as_torch_rounds_it() -> None:
+    """Ties, zeros, subnormals, and what is beyond the largest."""
+    values = torch.cat(
+        [torch.from_numpy(float8_values()[0]) * scale for scale in (1, 1 + 2**-9, 1 - 2**-9)]
+    )
+    ties = (values[1:] + values[:-1]) / 2
+    w_O = torch.cat([values, ties, torch.tensor([1e-9, -1e-9, 500.0, -1e30, 2**-10, 3 * 2**-10])])
+    w_O = torch.cat([w_O.float(), torch.randn(1000) * 2.0 ** torch.randint(-12, 9, (1000,))])
+    grid = Columns(
+        grid="float8",
+        scale_GO=torch.ones(1, len(w_O)),
+        zero_GO=torch.zeros(1, len(w_O)),
+        group_of_I=torch.zeros(1, dtype=torch.int64),
+        qmin=-448,
+        qmax=448,
+    )
+    codes_IO = swept(w_O[None], torch.ones(1, 1, device=DEVICE), moved(grid), 16)
+    expected_O = w_O.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.int8)
+    assert same_codes(codes_IO[0].numpy(), expected_O.numpy(), "float8")
+
+
 def test_weights_far_outside_the_grid_take_its_ends() -> None:
     w_IO = torch.tensor([[1e10, -5.0, 0.0, 1e30, -1e30, 3.0]])
     scale_GO = torch.tensor([[2e-38, 2e-38, 2e-38, 1.0, 1.0, 0.5]])
-    grid = AffineColumns(
+    grid = Columns(
         scale_GO=scale_GO,
         zero_GO=torch.zeros(1, 6),
         group_of_I=torch.zeros(1, dtype=torch.int64),
@@ -222,7 +266,7 @@ def test_the_sweep_takes_any_strides_and_uses_up_the_weights_alone() -> None:
     w_IO, grid, root_II = weights(70, 9), moved(columns(70, 9)), root_of(70)
     expected_IO = swept(w_IO, root_II, grid, 16)
     given = [t.clone() for t in (root_II, grid.scale_GO, grid.zero_GO, grid.group_of_I)]
-    strided = AffineColumns(
+    strided = Columns(
         scale_GO=grid.scale_GO.t().contiguous().t(),
         zero_GO=grid.zero_GO.repeat_interleave(2, dim=1)[:, ::2],
         group_of_I=grid.group_of_I.repeat_interleave(3)[::3],
@@ -235,18 +279,18 @@ def test_the_sweep_takes_any_strides_and_uses_up_the_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zero_point", ["none", "int", "float"])
 @pytest.mark.parametrize(
     ("rows", "groups", "size"),
     [(1, 1, 1), (70, 3, 32), (5, 2, 5), (3, 1, 1100), *(((999, 8, 128),) if ON_GPU else ())],
 )
 def test_the_range_search_finds_the_references_ranges(
-    rows: int, groups: int, size: int, symmetric: bool, dtype: torch.dtype
+    rows: int, groups: int, size: int, zero_point: ZeroPoint, dtype: torch.dtype
 ) -> None:
     w_OGI = inputs(rows, groups * size, dtype).reshape(rows, groups, size).to(DEVICE)
     w_OGI[0] = 0
     importance_GI = inputs(groups, size, seed=3).square().to(DEVICE)
-    kind = AffineRange(qmin=-8, qmax=7, symmetric=symmetric, stored=dtype)
+    kind = AffineRange(qmin=-8, qmax=7, zero_point=zero_point, stored=dtype)
     factors_S = FACTORS.to(DEVICE)
     found = fused_ranges.search(w_OGI, importance_GI, kind, factors_S)
     expected = ranges_reference.search(w_OGI, importance_GI, kind, factors_S)
@@ -256,13 +300,14 @@ def test_the_range_search_finds_the_references_ranges(
         # may be told apart the other way
         same_OG = torch.isclose(found_OG.float(), expected_OG.float(), rtol=1e-6)
         assert (~same_OG).float().mean() <= 1e-3
-    assert (found[0].dtype, found[1].dtype) == (torch.float32, torch.int8)
+    zero_dtype = torch.float32 if zero_point == "float" else torch.int8
+    assert (found[0].dtype, found[1].dtype) == (torch.float32, zero_dtype)
 
 
 def test_the_range_search_takes_any_strides() -> None:
     wide_OGI = inputs(20, 4 * 60).reshape(20, 4, 60).to(DEVICE)
     importance_GI = inputs(4, 60, seed=3).square().to(DEVICE)
-    kind = AffineRange(qmin=-8, qmax=7, symmetric=True, stored=torch.float32)
+    kind = AffineRange(qmin=-8, qmax=7, zero_point="none", stored=torch.float32)
     for w_OGI, weight_GI in (
         (wide_OGI[::2, ::2, ::3], importance_GI[::2, ::3]),
         (wide_OGI.permute(2, 1, 0), importance_GI[:, :20]),

@@ -1,20 +1,24 @@
 """The column sweep against its float64 twin, at odd shapes and over poisoned memory."""
 
+import dataclasses
 import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from quantkernels.sweep import AffineColumns, sweep, sweep_by_root
+from quantkernels.grids import GridName
+from quantkernels.sweep import Columns, sweep, sweep_by_root
 from torch import Tensor
 
 from tests.references import (
     Float,
     NaiveResult,
     correlated_inputs,
+    float8_values,
     second_moment,
     sweep_columns,
+    sweep_over_values,
     upper_factor,
 )
 
@@ -33,10 +37,10 @@ def weights(width: int, rows: int, seed: int = 1) -> Tensor:
     return torch.randn(width, rows, generator=torch.Generator().manual_seed(seed))
 
 
-def columns(width: int, rows: int, seed: int = 2) -> AffineColumns:
+def columns(width: int, rows: int, seed: int = 2) -> Columns:
     """Groups in no order at all, as act-order leaves them."""
     generator = torch.Generator().manual_seed(seed)
-    return AffineColumns(
+    return Columns(
         scale_GO=0.3 + 0.2 * torch.rand(GROUPS, rows, generator=generator),
         zero_GO=torch.randint(-4, 5, (GROUPS, rows), generator=generator).float(),
         group_of_I=torch.randint(0, GROUPS, (width,), generator=generator),
@@ -45,7 +49,7 @@ def columns(width: int, rows: int, seed: int = 2) -> AffineColumns:
     )
 
 
-def reference(w_IO: Tensor, upper_II: Float, grid: AffineColumns) -> NaiveResult:
+def reference(w_IO: Tensor, upper_II: Float, grid: Columns) -> NaiveResult:
     scale_OI = grid.scale_GO[grid.group_of_I].t().double().numpy()
     zero_OI = grid.zero_GO[grid.group_of_I].t().double().numpy()
     return sweep_columns(w_IO.t().double().numpy(), upper_II, scale_OI, zero_OI, BITS)
@@ -70,6 +74,49 @@ def test_clear_decisions_are_those_of_the_reference(width: int, block_columns: i
     assert np.array_equal(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O])
 
 
+OTHER_GRIDS = ("offset", "float8")
+
+
+def other_columns(grid: GridName, width: int, rows: int) -> Columns:
+    affine = columns(width, rows)
+    if grid == "offset":
+        return dataclasses.replace(affine, grid=grid, zero_GO=0.3 * affine.zero_GO + 0.07)
+    # small enough a scale that some weights are clipped, and large enough that some are subnormal
+    scale_GO = affine.scale_GO / 120
+    return dataclasses.replace(affine, grid=grid, scale_GO=scale_GO, qmin=-448, qmax=448)
+
+
+def other_reference(w_IO: Tensor, upper_II: Float, grid: Columns) -> NaiveResult:
+    scale_OI = grid.scale_GO[grid.group_of_I].t().double().numpy()
+    zero_OI = grid.zero_GO[grid.group_of_I].t().double().numpy()
+    table = np.arange(-8.0, 8.0), np.arange(-8, 8)
+    if grid.grid == "float8":
+        table, zero_OI = float8_values(), np.zeros_like(zero_OI)
+    w = w_IO.t().double().numpy()
+    return sweep_over_values(w, upper_II, [table] * len(w_IO), scale_OI, zero_OI)
+
+
+def same_codes(found_OI: Float, expected_OI: Float, grid: GridName) -> bool:
+    """Float8 has two zeros."""
+    zeros = (found_OI & 127 == 0) & (expected_OI & 127 == 0) & (grid == "float8")
+    return bool(((found_OI == expected_OI) | zeros).all())
+
+
+@pytest.mark.parametrize("grid", OTHER_GRIDS)
+@pytest.mark.parametrize(("width", "block_columns"), [(1, 7), (7, 128), (65, 16), (130, 128)])
+@pytest.mark.parametrize("by_root", [False, True])
+def test_other_grids(grid: GridName, width: int, block_columns: int, by_root: bool) -> None:
+    rows = 400
+    w_IO, upper_II, given = weights(width, rows), upper(width), other_columns(grid, width, rows)
+    naive = other_reference(w_IO, upper_II, given)
+    factor_II = torch.from_numpy(np.linalg.inv(upper_II) if by_root else upper_II).float()
+    run = sweep_by_root if by_root else sweep
+    codes_IO = run(w_IO.clone(), factor_II, given, block_columns)
+    clear_O = naive.margin_O > CLEAR
+    assert clear_O.mean() > 0.4
+    assert same_codes(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O], grid)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 257])
 def test_any_number_of_rows(rows: int) -> None:
     w_IO, upper_II, grid = weights(65, rows, seed=4), upper(65), columns(65, rows)
@@ -92,7 +139,7 @@ def test_what_stands_below_the_diagonal_is_never_read() -> None:
 def test_factor_and_grid_may_have_any_strides() -> None:
     w_IO, grid = weights(70, 9), columns(70, 9)
     upper_II = torch.from_numpy(upper(70)).float()
-    strided = AffineColumns(
+    strided = Columns(
         scale_GO=grid.scale_GO.t().contiguous().t(),
         zero_GO=grid.zero_GO.repeat_interleave(2, dim=1)[:, ::2],
         group_of_I=grid.group_of_I.repeat_interleave(3)[::3],

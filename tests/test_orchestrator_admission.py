@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -289,14 +289,16 @@ def test_a_plain_rounding_is_predicted_as_well() -> None:
     assert fault.message == "only 4 workers can share these blocks: write count: 4"
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("zero_point", ["none", "int"])
 @pytest.mark.parametrize("size", [None, 32, 128])
-def test_a_quantized_linear_is_no_larger_than_predicted(symmetric: bool, size: int | None) -> None:
+def test_a_quantized_linear_is_no_larger_than_predicted(
+    zero_point: Literal["none", "int"], size: int | None
+) -> None:
     from quantcore.affine import choose_qparams, quantize
     from quantcore.formats import FORMATS, QuantizedLinear
 
     w_OI = torch.randn(72, 384)
-    scheme = Scheme(name="int4", group_size=size, symmetric=symmetric)
+    scheme = Scheme(name="int4", group_size=size, zero_point=zero_point)
     qparams = choose_qparams(w_OI, scheme, stored=torch.bfloat16)
     linear = QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme)
     tensors = FORMATS["compressed-tensors"].encode(linear, torch.bfloat16)

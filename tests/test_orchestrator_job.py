@@ -70,6 +70,11 @@ def test_a_job_that_died_goes_on_to_the_same_bytes(job_file: JobFile, task: str)
         {"scheme": "int8", "symmetric": False},
         {"scheme": "int8", "group_size": 32},
         {"scheme": "int8_dynamic"},
+        {"scheme": "float8"},
+        {"scheme": "float8", "group_size": "tensor"},
+        {"scheme": "float8_dynamic"},
+        {"scheme": "float8_dynamic", "group_size": "tensor"},
+        {"scheme": "float8_static"},
     ],
     ids=str,
 )

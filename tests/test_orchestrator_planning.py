@@ -29,7 +29,7 @@ def layers_of(spec: JobSpec, model: Architecture | None = None) -> dict[str, Lay
 
 
 def int4(group_size: int | None = 128) -> Scheme:
-    return Scheme(name="int4", group_size=group_size, symmetric=True)
+    return Scheme(name="int4", group_size=group_size, zero_point="none")
 
 
 def test_every_linear_has_the_jobs_scheme_and_method() -> None:
@@ -60,7 +60,7 @@ def test_the_last_override_that_matches_decides() -> None:
         {"match": "*.layers.2.mlp.down_proj", "method": "rtn"},
     ]
     layers = layers_of(quantized(overrides=overrides))
-    int8 = Scheme(name="int8", group_size=None, symmetric=True)
+    int8 = Scheme(name="int8", group_size=None, zero_point="none")
     assert layers["model.layers.0.mlp.down_proj"].scheme == int4(32)
     assert layers["model.layers.0.mlp.up_proj"].scheme == int4()
     assert layers["model.layers.1.mlp.up_proj"].scheme == int8
@@ -167,7 +167,7 @@ def test_the_head_is_quantized_where_an_override_names_it() -> None:
     assert not faults
     assert head is not None
     assert (head.name, head.out_features, head.method) == ("lm_head", 32000, "rtn")
-    assert head.scheme == Scheme(name="int8", group_size=None, symmetric=True)
+    assert head.scheme == Scheme(name="int8", group_size=None, zero_point="none")
 
 
 @pytest.mark.parametrize(

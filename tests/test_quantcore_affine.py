@@ -12,22 +12,21 @@ from torch import Tensor
 from quantcore.affine import (
     Qparams,
     choose_qparams,
-    code_range,
     dequantize,
     quantize,
     search_qparams,
 )
 from quantcore.schemes import Scheme
-from tests.references import Float, round_plainly, spread
+from tests.references import Float, float8_values, round_plainly, spread
 
 GROUP = 8
 SCHEMES = [
-    Scheme(name="int4", group_size=GROUP, symmetric=True),
-    Scheme(name="int4", group_size=GROUP, symmetric=False),
-    Scheme(name="int4", group_size=None, symmetric=True),
-    Scheme(name="int8", group_size=None, symmetric=False),
-    Scheme(name="int8", group_size=GROUP, symmetric=True),
-    Scheme(name="int8_dynamic", group_size=None, symmetric=True),
+    Scheme(name="int4", group_size=GROUP, zero_point="none"),
+    Scheme(name="int4", group_size=GROUP, zero_point="int"),
+    Scheme(name="int4", group_size=None, zero_point="none"),
+    Scheme(name="int8", group_size=None, zero_point="int"),
+    Scheme(name="int8", group_size=GROUP, zero_point="none"),
+    Scheme(name="int8_dynamic", group_size=None, zero_point="none"),
 ]
 HALF_STEP = 0.5 + 1e-4  # the quotient w / scale is itself rounded to float32
 MANTISSA_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
@@ -68,7 +67,7 @@ def test_a_weight_comes_back_within_half_a_step(
     scale_OI = spread(qparams.scale_OG, w_OI.shape[1])
     zero_OI = spread(qparams.zero_OG, w_OI.shape[1])
     back_OI = dequantize(quantize(w_OI, qparams, scheme), qparams, scheme).double().numpy()
-    qmin, qmax = code_range(scheme.bits)
+    qmin, qmax = scheme.grid.lowest, scheme.grid.highest
     w = w_OI.double().numpy()
     clipped_OI = np.clip(w, (qmin - zero_OI) * scale_OI, (qmax - zero_OI) * scale_OI)
     assert (np.abs(back_OI - clipped_OI) <= HALF_STEP * scale_OI).all()
@@ -85,7 +84,7 @@ def test_values_on_the_grid_are_kept_exactly(
     data: st.DataObject, scheme: Scheme, stored: torch.dtype
 ) -> None:
     """So quantizing twice changes nothing, and any code that can be stored can be reached."""
-    qmin, qmax = code_range(scheme.bits)
+    qmin, qmax = scheme.grid.lowest, scheme.grid.highest
     rows, width = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([GROUP, 3 * GROUP]))
     shape = (rows, scheme.groups_of(width))
     codes_OI = torch.from_numpy(
@@ -123,7 +122,7 @@ def test_scales_hold_only_values_of_their_stored_dtype(scheme: Scheme, stored: t
 
 def test_the_scale_is_rounded_before_the_weights_are() -> None:
     """A solve and a replay from the artifact must see one grid."""
-    scheme = Scheme(name="int8", group_size=None, symmetric=True)
+    scheme = Scheme(name="int8", group_size=None, zero_point="none")
     w_OI = torch.linspace(-8.5, 8.5, 64)[None]
     qparams = choose_qparams(w_OI, scheme, stored=torch.bfloat16)
     true_step = 17 / 255
@@ -154,7 +153,7 @@ def test_groups_of_nothing_come_back_as_zeros(scheme: Scheme, tiny: float) -> No
 
 
 def test_zero_is_always_on_the_grid_and_one_sided_rows_use_all_of_it() -> None:
-    scheme = Scheme(name="int4", group_size=None, symmetric=False)
+    scheme = Scheme(name="int4", group_size=None, zero_point="int")
     w_OI = torch.stack([torch.linspace(1, 16, 16), torch.linspace(-16, -1, 16)])
     qparams = choose_qparams(w_OI, scheme, stored=torch.float32)
     assert qparams.zero_OG.flatten().tolist() == [-8, 7]
@@ -166,8 +165,8 @@ def test_zero_is_always_on_the_grid_and_one_sided_rows_use_all_of_it() -> None:
 def test_an_asymmetric_grid_is_finer_where_weights_are_lopsided() -> None:
     w_OI = normal(8, 64, seed=3).abs() + 0.5
     errors = []
-    for symmetric in (True, False):
-        scheme = Scheme(name="int4", group_size=16, symmetric=symmetric)
+    for zero_point in ("none", "int"):
+        scheme = Scheme(name="int4", group_size=16, zero_point=zero_point)
         qparams = choose_qparams(w_OI, scheme, stored=torch.float32)
         back_OI = dequantize(quantize(w_OI, qparams, scheme), qparams, scheme)
         errors.append((w_OI - back_OI).square().mean().item())
@@ -247,7 +246,7 @@ def test_the_search_never_does_worse_than_the_extremes(
 
 
 def test_an_outlier_that_no_input_excites_is_clipped() -> None:
-    scheme = Scheme(name="int4", group_size=None, symmetric=True)
+    scheme = Scheme(name="int4", group_size=None, zero_point="none")
     w_OI = normal(4, 64, seed=7)
     w_OI[:, 9] = 8.0
     importance_I = torch.ones(64)
@@ -263,3 +262,73 @@ def test_the_inputs_of_the_search_are_left_as_they_were() -> None:
     search_qparams(w_OI, importance_I, SCHEMES[1], stored=torch.bfloat16)
     assert torch.equal(w_OI, kept[0])
     assert torch.equal(importance_I, kept[1])
+
+
+FLOAT_ZERO = [Scheme(name="int4", group_size=size, zero_point="float") for size in (GROUP, None)]
+
+
+@settings(deadline=None)
+@given(weights, st.sampled_from(FLOAT_ZERO), stored_dtypes)
+def test_a_float_zero_point_spreads_the_extremes_themselves(
+    w_OI: Tensor, scheme: Scheme, stored: torch.dtype
+) -> None:
+    qparams = choose_qparams(w_OI, scheme, stored=stored)
+    scale_OI = spread(qparams.scale_OG, w_OI.shape[1])
+    zero_OI = spread(qparams.zero_OG, w_OI.shape[1])
+    for kept_OG in (qparams.scale_OG, qparams.zero_OG):
+        assert torch.equal(kept_OG.to(stored).float(), kept_OG)
+    codes_OI = quantize(w_OI, qparams, scheme)
+    assert codes_OI.amin() >= -8 and codes_OI.amax() <= 7
+    back_OI = dequantize(codes_OI, qparams, scheme).double().numpy()
+    assert np.allclose(back_OI, codes_OI.double().numpy() * scale_OI + zero_OI, rtol=1e-6)
+    w = w_OI.double().numpy()
+    groups_OGI = w.reshape(len(w), scheme.groups_of(w.shape[1]), -1)
+    size_OI = spread(torch.from_numpy(np.abs(groups_OGI).max(-1)), w.shape[1])
+    # half a step, and what the rounding of scale and zero to their stored dtype moves
+    lost = 2.0 ** -MANTISSA_BITS[stored]
+    tiny = 16 * torch.finfo(stored).smallest_normal
+    limit_OI = 0.5001 * scale_OI * (scale_OI < 1) + 18 * lost * (size_OI + scale_OI) + tiny
+    one_value_OG = groups_OGI.max(-1) == groups_OGI.min(-1)
+    one_value_OI = spread(torch.from_numpy(one_value_OG), w.shape[1]).astype(bool)
+    limit_OI = np.where(one_value_OI, 18 * lost * size_OI + tiny, limit_OI)
+    assert (np.abs(back_OI - w) <= limit_OI + 0.5001 * scale_OI * ~one_value_OI).all()
+
+
+FLOAT8 = [Scheme(name="float8"), Scheme(name="float8", per_tensor=True)]
+
+
+@settings(deadline=None)
+@given(weights, st.sampled_from(FLOAT8), stored_dtypes)
+def test_float8_codes_are_the_nearest_values(
+    w_OI: Tensor, scheme: Scheme, stored: torch.dtype
+) -> None:
+    qparams = choose_qparams(w_OI, scheme, stored=stored)
+    w = w_OI.double().numpy()
+    largest_O = np.abs(w).max() if scheme.per_tensor else np.abs(w).max(1)
+    expected_O = torch.from_numpy(np.broadcast_to(largest_O, len(w)) / 448).to(stored).float()
+    expected_O = torch.where(expected_O > 0, expected_O, 1.0)
+    ulp = 2.0 ** (1 - MANTISSA_BITS[stored])
+    assert torch.allclose(qparams.scale_OG[:, 0], expected_O, rtol=ulp, atol=0)
+    steps_OI = w / qparams.scale_OG.double().numpy()
+    values_N, _ = float8_values()
+    least_OI = np.abs(steps_OI[..., None] - values_N).min(-1)
+    codes_OI = quantize(w_OI, qparams, scheme)
+    got_OI = codes_OI.view(torch.float8_e4m3fn).double().numpy()
+    assert (np.abs(got_OI - steps_OI) <= least_OI + 1e-6 * np.abs(steps_OI)).all()
+    back_OI = dequantize(codes_OI, qparams, scheme)
+    assert np.array_equal(
+        back_OI.numpy(), (got_OI * qparams.scale_OG.double().numpy()).astype(np.float32)
+    )
+    # on the grid already, apart from the sign of a zero
+    assert torch.equal(dequantize(quantize(back_OI, qparams, scheme), qparams, scheme), back_OI)
+
+
+def test_one_scale_for_a_tensor_that_is_seen_in_parts() -> None:
+    scheme = Scheme(name="float8", per_tensor=True)
+    w_OI = normal(10, 24, seed=6)
+    whole = choose_qparams(w_OI, scheme, stored=torch.bfloat16)
+    assert whole.scale_OG.shape == (10, 1)
+    assert len(whole.scale_OG.unique()) == 1
+    largest = w_OI.abs().amax()
+    part = choose_qparams(w_OI[:3], scheme, stored=torch.bfloat16, largest=largest)
+    assert torch.equal(part.scale_OG, whole.scale_OG[:3])

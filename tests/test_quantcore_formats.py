@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+from compressed_tensors.compressors.naive_quantized.base import (
+    FloatQuantizationCompressor,
+    IntQuantizationCompressor,
+)
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -15,25 +18,21 @@ from torch import Tensor
 
 from quantcore.affine import Qparams, choose_qparams, dequantize, quantize
 from quantcore.formats import FORMATS, QuantizedLinear
-from quantcore.schemes import SCHEME_KINDS, Scheme
+from quantcore.schemes import SCHEME_KINDS, FloatGrid, Scheme, every_form
 
 FORMAT = FORMATS["compressed-tensors"]
 WIDTH = 96
 
 
-def every_form(name: str) -> list[Scheme]:
-    """All that a scheme's kind allows, so that a new kind is tested unasked."""
-    kind = SCHEME_KINDS[name]
-    return [
-        Scheme(name=name, group_size=size, symmetric=symmetric)
-        for size in ((None, 32, 48) if kind.groups else (None,))
-        for symmetric in ((True, False) if kind.asymmetric else (True,))
-    ]
+def carried(name: str) -> list[Scheme]:
+    """All forms of a scheme that the format takes, so that a new kind is tested unasked."""
+    return [s for s in every_form(name, [32, 48]) if not FORMAT.refusal("Linear", s)]
 
 
-SCHEMES = [scheme for name in SCHEME_KINDS for scheme in every_form(name)]
-INT4, INT4_ASYMMETRIC = every_form("int4")[2:4]
-W8A8 = every_form("int8_dynamic")[0]
+SCHEMES = [scheme for name in SCHEME_KINDS for scheme in carried(name)]
+INT4 = Scheme(name="int4", group_size=32)
+INT4_ASYMMETRIC = Scheme(name="int4", group_size=32, zero_point="int")
+W8A8 = Scheme(name="int8_dynamic")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 all_schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.label)
@@ -45,7 +44,7 @@ def linear(scheme: Scheme, rows: int, stored: torch.dtype, width: int = WIDTH) -
     # lopsided by another amount in every row: zero points of many values
     w_OI = torch.randn(rows, width, generator=generator) + torch.linspace(-3, 3, rows)[:, None]
     qparams = choose_qparams(w_OI, scheme, stored=stored)
-    input_scale = 0.25 if scheme.kind.static else None
+    input_scale = 0.25 if scheme.static else None
     return QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme, input_scale)
 
 
@@ -70,6 +69,7 @@ def compressor(scheme: Scheme) -> Any:
     names = {
         "pack-quantized": PackedQuantizationCompressor,
         "int-quantized": IntQuantizationCompressor,
+        "float-quantized": FloatQuantizationCompressor,
     }
     return names[FORMAT.config({"linear": scheme}, [])["format"]]
 
@@ -92,7 +92,7 @@ def test_what_is_stored_reads_back_to_the_bit(
 @pytest.mark.parametrize("width", [1, 31, 50])
 @pytest.mark.parametrize("name", SCHEME_KINDS)
 def test_rows_that_do_not_fill_whole_words(name: str, width: int) -> None:
-    for scheme in (s for s in every_form(name) if s.group_size is None):
+    for scheme in (s for s in carried(name) if s.group_size is None):
         quantized = linear(scheme, 5, torch.float32, width)
         back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme, width)
         assert torch.equal(back_OI, value(quantized))
@@ -100,16 +100,20 @@ def test_rows_that_do_not_fill_whole_words(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("name", SCHEME_KINDS)
 def test_every_code_and_every_zero_point_survives(name: str) -> None:
-    bits = SCHEME_KINDS[name].bits
-    codes_I = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)
-    for scheme in (s for s in every_form(name) if s.group_size is None):
-        codes_OI = codes_I.repeat(len(codes_I), 1)
+    grid = SCHEME_KINDS[name].weights
+    codes_I = torch.arange(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1)).to(torch.int8)
+    values_I = codes_I.float()
+    if isinstance(grid, FloatGrid):
+        values_I = codes_I.view(grid.dtype).float()
+        codes_I, values_I = codes_I[values_I.isfinite()], values_I[values_I.isfinite()]
+    for scheme in (s for s in carried(name) if s.group_size is None):
+        codes_OI, values_OI = codes_I.repeat(len(codes_I), 1), values_I.repeat(len(codes_I), 1)
         scale_OG = torch.full((len(codes_I), 1), 0.5)
         zero_OG = torch.zeros_like(codes_I) if scheme.symmetric else codes_I
         qparams = Qparams(scale_OG, zero_OG[:, None])
         quantized = QuantizedLinear(codes_OI, qparams, scheme)
         back_OI = FORMAT.decode(FORMAT.encode(quantized, torch.float32), scheme, WIDTH)
-        assert torch.equal(back_OI, 0.5 * (codes_OI.float() - zero_OG[:, None].float()))
+        assert torch.equal(back_OI, 0.5 * (values_OI - zero_OG[:, None].float()))
 
 
 def library_unpacks(scheme: Scheme, rows: int) -> bool:
@@ -140,12 +144,12 @@ def test_the_library_stores_the_same_bytes(scheme: Scheme, rows: int) -> None:
     quantized = linear(scheme, rows, torch.float32)
     state = {
         "weight": value(quantized),
-        "weight_scale": quantized.qparams.scale_OG,
+        "weight_scale": quantized.stored_scale(torch.float32),
         "weight_zero_point": quantized.qparams.zero_OG,
     }
     theirs = compressor(scheme).compress(state, library_scheme(scheme))
     ours = FORMAT.encode(quantized, torch.float32)
-    if scheme.kind.static:  # no affair of its compressor, which knows weights
+    if scheme.static:  # no affair of its compressor, which knows weights
         assert ours.pop("input_scale").tolist() == [quantized.input_scale]
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -157,7 +161,7 @@ def test_the_library_stores_the_same_bytes(scheme: Scheme, rows: int) -> None:
 def test_the_names_stored_are_the_librarys(scheme: Scheme) -> None:
     stored = FORMAT.encode(linear(scheme, 4, torch.float32), torch.float32)
     names = compressor(scheme).compression_param_names(library_scheme(scheme))
-    assert {*names, *(["input_scale"] if scheme.kind.static else [])} == set(stored)
+    assert {*names, *(["input_scale"] if scheme.static else [])} == set(stored)
 
 
 @all_schemes
@@ -172,24 +176,23 @@ def test_one_scheme_targets_every_linear(scheme: Scheme) -> None:
     weights = group.weights
     assert (weights.num_bits, weights.type, weights.symmetric) == (
         scheme.bits,
-        "int",
+        "float" if isinstance(scheme.grid, FloatGrid) else "int",
         scheme.symmetric,
     )
-    assert (weights.strategy, weights.group_size) == (
-        ("channel", None) if scheme.group_size is None else ("group", scheme.group_size)
-    )
+    assert (weights.strategy, weights.group_size) == (scheme.span, scheme.group_size)
     assert not weights.dynamic
     activations = group.input_activations
-    if scheme.kind.activation_bits is None:
+    if scheme.activations is None:
         assert activations is None
     else:
-        assert activations.num_bits == scheme.kind.activation_bits
-        expected = ("tensor", False) if scheme.kind.static else ("token", True)
+        assert activations.num_bits == scheme.activations.grid.bits
+        whole = scheme.static or scheme.per_tensor
+        expected = ("tensor" if whole else "token", not scheme.static)
         assert (activations.strategy, activations.dynamic) == expected
 
 
 def test_several_schemes_name_their_linears_one_by_one() -> None:
-    other = Scheme(name="int8", group_size=None, symmetric=True)
+    other = Scheme(name="int8", group_size=None, zero_point="none")
     layers = {"a.q_proj": INT4, "a.down_proj": W8A8, "b.q_proj": INT4, "b.down_proj": other}
     config = parsed(FORMAT.config(layers, ["lm_head"]))
     assert config.format == "mixed-precision"
@@ -220,8 +223,8 @@ def test_transformers_takes_the_config(scheme: Scheme) -> None:
 def test_what_the_format_cannot_carry_is_refused() -> None:
     assert FORMAT.refusal("Linear", INT4_ASYMMETRIC) is None
     assert "no Conv1D layers" in (FORMAT.refusal("Conv1D", INT4) or "")
-    lopsided = Scheme(name="int8_dynamic", group_size=None, symmetric=False)
-    assert "symmetric: true" in (FORMAT.refusal("Linear", lopsided) or "")
+    offset = Scheme(name="int4", group_size=32, zero_point="float")
+    assert "zero_point: int" in (FORMAT.refusal("Linear", offset) or "")
 
 
 def test_schemes_that_cannot_stand_together_are_refused() -> None:

@@ -29,10 +29,10 @@ from tests.references import (
 
 CLEAR = 1e-3  # of a step: far above what float32 moves a weight by
 SCHEMES = [
-    Scheme(name="int4", group_size=32, symmetric=True),
-    Scheme(name="int4", group_size=32, symmetric=False),
-    Scheme(name="int4", group_size=None, symmetric=True),
-    Scheme(name="int8", group_size=None, symmetric=False),
+    Scheme(name="int4", group_size=32, zero_point="none"),
+    Scheme(name="int4", group_size=32, zero_point="int"),
+    Scheme(name="int4", group_size=None, zero_point="none"),
+    Scheme(name="int8", group_size=None, zero_point="int"),
 ]
 INT4 = SCHEMES[0]
 

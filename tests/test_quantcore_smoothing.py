@@ -21,9 +21,9 @@ from quantcore.smoothing import (
 from quantcore.tree import total
 
 WIDTH = 24
-DYNAMIC = Scheme(name="int8_dynamic", group_size=None, symmetric=True)
-STATIC = Scheme(name="int8_static", group_size=None, symmetric=True)
-INT4 = Scheme(name="int4", group_size=None, symmetric=True)
+DYNAMIC = Scheme(name="int8_dynamic", group_size=None, zero_point="none")
+STATIC = Scheme(name="int8_static", group_size=None, zero_point="none")
+INT4 = Scheme(name="int4", group_size=None, zero_point="none")
 CPU = torch.device("cpu")
 RULES: tuple[NormRule, ...] = ("scale", "offset")
 

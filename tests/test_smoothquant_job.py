@@ -80,7 +80,7 @@ def simulated(folder: Path, ids_BL: Tensor) -> Tensor:
         state[name] = state[name].float() * tensors[f"{name}_scale"].float()
         layer = name.removesuffix(".weight")
         kind = "int8_static" if layer in scales else "int8_dynamic"
-        scheme = Scheme(name=kind, group_size=None, symmetric=True)
+        scheme = Scheme(name=kind, group_size=None, zero_point="none")
         scale = scales[layer].item() if layer in scales else None
 
         def hook(_module: Any, args: Any, scheme: Scheme = scheme, scale: Any = scale) -> Any:

@@ -156,7 +156,7 @@ class Plan:
     def ranged(self, group: GroupPlan) -> bool:
         """Whether the ranges of a group's inputs are needed, and a sample of them."""
         schemes = (layer.scheme for layer in group.quantized())
-        return self.keeps_statistics or any(s.kind.activation_bits for s in schemes if s)
+        return self.keeps_statistics or any(s.activations for s in schemes if s)
 
     def summed(self, group: GroupPlan) -> bool:
         """Whether a group's Hessian is needed: to solve with, or else to tell the error by."""

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantcore.affine import Qparams, choose_qparams, dequantize, quantize
+from quantcore.affine import Qparams, dequantize
 from quantcore.errors import StoreError
 from quantcore.formats import FORMATS, QuantizedLinear
 from workers.layout import block_file, hash_file, record_name
 from workers.plan import GroupPlan, LayerPlan, Plan
+from workers.rounding import rounded_stack
 from workers.sources import ModelSource
 from workers.store import Store
 from workers.tasks import SolvedGroup
@@ -122,7 +123,7 @@ def encode_solved(
                     torch.tensor(codes_OI[rows]),
                     qparams,
                     layer.scheme,
-                    served.input_scale if layer.scheme.kind.static else None,
+                    served.input_scale if layer.scheme.static else None,
                     None if factor_I is None else torch.tensor(factor_I),
                 )
                 tensors |= _encoded(plan, layer, linear, source)
@@ -133,18 +134,14 @@ def encode_solved(
     return tensors, lines
 
 
-def encode_rounded(plan: Plan, layers: Iterable[LayerPlan], source: ModelSource) -> Encoded:
+def encode_rounded(plan: Plan, groups: Iterable[GroupPlan], source: ModelSource) -> Encoded:
     """Plain rounding of some linears: nearest codes, ranges from the extremes."""
     tensors: dict[str, Tensor] = {}
     lines = []
-    for layer in layers:
-        assert layer.scheme is not None
-        ((_, w_OI),) = source.read([f"{layer.name}.weight"])
-        qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
-        codes_OI = quantize(w_OI, qparams, layer.scheme)
-        linear = QuantizedLinear(codes_OI, qparams, layer.scheme)
+    stacks = (stack for group in groups for stack in group.stacks())
+    for layer, w_OI, linear in (row for stack in stacks for row in rounded_stack(stack, source)):
         tensors |= _encoded(plan, layer, linear, source)
-        delta_OI = w_OI.float() - dequantize(codes_OI, qparams, layer.scheme)
+        delta_OI = w_OI.float() - dequantize(linear.codes_OI, linear.qparams, linear.scheme)
         norm = w_OI.float().norm().item()
         line = report_line(layer, {}, None)
         line["relative_weight_error"] = delta_OI.norm().item() / norm if norm else None

@@ -39,7 +39,7 @@ def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSour
         )
     scale = None
     for layer in group.quantized():
-        if layer.scheme is not None and layer.scheme.kind.static:
+        if layer.scheme is not None and layer.scheme.static:
             dtype = source.tensors[f"{layer.name}.weight"].dtype
             scale = input_scale(ranges, smoothing.factor_I, layer.scheme, dtype)
     return GroupInputs(ranges, smoothing.alpha, smoothing.factor_I, norm, scale)

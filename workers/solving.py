@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantcore.activations import fake_quantize
-from quantcore.affine import Qparams, choose_qparams, dequantize, quantize, search_qparams
+from quantcore.affine import choose_qparams, dequantize, quantize, search_qparams
 from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
 from quantcore.schemes import Scheme
@@ -45,11 +45,12 @@ def solve_group(
     for number in sorted({stack for stack, _ in task.tiles}):
         stack = stacks[number]
         w_OI = stacked_weights(stack, source)
+        largest = _largest(w_OI, stack[0].scheme, known)
         rows = plan.row_tiles(stack)
         for _, tile in (pair for pair in task.tiles if pair[0] == number):
             first, last = rows[tile]
             part_OI = w_OI[first:last].to(device)
-            tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, known))
+            tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, known, largest))
     inputs = known.inputs
     if inputs is None:
         return SolvedGroup(task.group, tuple(tiles), facts)
@@ -94,8 +95,23 @@ def stacked_weights(stack: list[LayerPlan], source: ModelSource) -> Tensor:
     return torch.cat([weights[f"{layer.name}.weight"] for layer in stack])
 
 
+def _largest(w_OI: Tensor, scheme: Scheme | None, known: _Known) -> Tensor | None:
+    """max|w| of a whole stack, smoothed, for a scheme with one scale."""
+    if scheme is None or not scheme.per_tensor:
+        return None
+    largest_I = w_OI.abs().amax(0).float()
+    if known.inputs is not None:
+        largest_I = largest_I.to(known.inputs.factor_I.device) * known.inputs.factor_I
+    return largest_I.amax()
+
+
 def _solve_tile(
-    plan: Plan, layer: LayerPlan, place: tuple[int, int], w_OI: Tensor, known: _Known
+    plan: Plan,
+    layer: LayerPlan,
+    place: tuple[int, int],
+    w_OI: Tensor,
+    known: _Known,
+    largest: Tensor | None,
 ) -> SolvedTile:
     scheme, stored = layer.scheme, w_OI.dtype
     assert scheme is not None
@@ -103,10 +119,13 @@ def _solve_tile(
         w_OI = w_OI.float() * known.inputs.factor_I
     if plan.rounding(layer) == "gptq" and known.factor is not None:
         assert known.h_II is not None
-        qparams = _range(plan, w_OI, known.h_II, scheme, stored)
+        if plan.search_range and scheme.searchable:
+            qparams = search_qparams(w_OI, known.h_II.diagonal(), scheme, stored=stored)
+        else:
+            qparams = choose_qparams(w_OI, scheme, stored=stored, largest=largest)
         codes_OI = solve(w_OI, qparams, scheme, known.factor, plan.gptq.block_columns)
     else:
-        qparams = choose_qparams(w_OI, scheme, stored=stored)
+        qparams = choose_qparams(w_OI, scheme, stored=stored, largest=largest)
         codes_OI = quantize(w_OI, qparams, scheme)
     error_O, output_O = _errors(w_OI.float(), dequantize(codes_OI, qparams, scheme), scheme, known)
     return SolvedTile(
@@ -128,11 +147,11 @@ def _errors(
     nothing else was asked for; else as a mean over all tokens, from the Hessian: w H w^T.
     """
     h_II = known.h_II
-    if scheme.kind.activation_bits is not None or h_II is None:
+    if scheme.activations is not None or h_II is None:
         assert known.inputs is not None
         x_SI = known.inputs.ranges.sample_SI / known.inputs.factor_I
         y_SO = x_SI @ w_OI.t()
-        served_SI = fake_quantize(x_SI, scheme, known.inputs.scale if scheme.kind.static else None)
+        served_SI = fake_quantize(x_SI, scheme, known.inputs.scale if scheme.static else None)
         error_SO = y_SO - served_SI @ rounded_OI.t()
         return (
             error_SO.square().sum(0, dtype=torch.float64),
@@ -141,9 +160,3 @@ def _errors(
     delta_OI = w_OI - rounded_OI
     error_O = ((delta_OI @ h_II) * delta_OI).sum(1, dtype=torch.float64)
     return error_O, ((w_OI @ h_II) * w_OI).sum(1, dtype=torch.float64)
-
-
-def _range(plan: Plan, w_OI: Tensor, h_II: Tensor, scheme: Scheme, stored: torch.dtype) -> Qparams:
-    if plan.search_range:
-        return search_qparams(w_OI, h_II.diagonal(), scheme, stored=stored)
-    return choose_qparams(w_OI, scheme, stored=stored)

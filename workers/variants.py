@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from quantcore.activations import fake_quantize
-from quantcore.affine import choose_qparams, dequantize, quantize
+from quantcore.affine import dequantize
 from quantcore.errors import StoreError
 from quantcore.schemes import Scheme
 from workers.layout import MODEL
 from workers.loading import load
-from workers.plan import Plan
+from workers.plan import GroupPlan, Plan
+from workers.rounding import rounded_stack
 from workers.skeleton import empty_model
 from workers.sources import ModelSource
 from workers.store import Store
@@ -32,13 +33,13 @@ def rounded(source: ModelSource, dtype: torch.dtype, plan: Plan) -> Any:
     """
     replace = {}
     served: dict[str, Scheme] = {}
-    for layer in plan.layers():
-        if layer.scheme is not None:
-            ((name, w_OI),) = source.read([f"{layer.name}.weight"])
-            qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype)
-            codes_OI = quantize(w_OI, qparams, layer.scheme)
-            replace[name] = dequantize(codes_OI, qparams, layer.scheme)
-            served[layer.name] = layer.scheme
+    groups = [group for block in plan.blocks for group in block.groups]
+    groups += [GroupPlan((plan.head,))] if plan.head else []
+    stacks = (stack for group in groups for stack in group.stacks())
+    for layer, _, linear in (row for stack in stacks for row in rounded_stack(stack, source)):
+        weight_OI = dequantize(linear.codes_OI, linear.qparams, linear.scheme)
+        replace[f"{layer.name}.weight"] = weight_OI
+        served[layer.name] = linear.scheme
     model = _assemble(source, dtype, replace)
     for layer_name, scheme in served.items():
         model.get_submodule(layer_name).register_forward_pre_hook(_rounding(scheme))

@@ -17,7 +17,7 @@ from workers.evaluate import Tell, evaluate
 from workers.held import Held, pack
 from workers.kind import make_repeatable, matmul_flops
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
-from workers.plan import MIXED, Plan
+from workers.plan import MIXED, GroupPlan, Plan
 from workers.probing import probe_block
 from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
 from workers.solving import solve_group
@@ -148,13 +148,13 @@ class Worker:
             case Boundary():
                 return self._boundary(task)
             case Round(block, epoch):
-                layers = list(self._plan.blocks[block].quantized())
-                encoded = encode_rounded(self._plan, layers, self._source)
+                groups = self._plan.blocks[block].groups
+                encoded = encode_rounded(self._plan, groups, self._source)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
             case Quantize():
                 return self._quantize(task)
             case CopyOutside(epoch):
-                head = [self._plan.head] if self._plan.head else []
+                head = [GroupPlan((self._plan.head,))] if self._plan.head else []
                 encoded = encode_rounded(self._plan, head, self._source)
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():

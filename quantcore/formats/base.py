@@ -8,16 +8,37 @@ import torch
 from torch import Tensor
 
 from quantcore.affine import Qparams
-from quantcore.schemes import Scheme
+from quantcore.schemes import FloatGrid, Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    codes_OI: Tensor  # int8
+    codes_OI: Tensor  # int8; of float8, its bits
     qparams: Qparams
     scheme: Scheme
     input_scale: float | None = None  # of a static scheme
     input_factor_I: Tensor | None = None  # float32: inputs are divided by it first
+
+    def stored_codes(self) -> Tensor:
+        """Codes in the dtype that says what they are."""
+        grid = self.scheme.grid
+        return self.codes_OI.view(grid.dtype) if isinstance(grid, FloatGrid) else self.codes_OI
+
+    def stored_scale(self, dtype: torch.dtype) -> Tensor:
+        """(O, G), or (1,) where all rows share one."""
+        scale_OG = self.qparams.scale_OG.to(dtype)
+        return scale_OG[0] if self.scheme.per_tensor else scale_OG
+
+
+def scale_of_rows(stored: Tensor, scheme: Scheme, rows: int) -> Tensor:
+    """float32 (O, G) of what `stored_scale` gave."""
+    scale = stored.float()
+    return scale.reshape(1, 1).expand(rows, 1) if scheme.per_tensor else scale
+
+
+def int8_codes(stored: Tensor) -> Tensor:
+    """int8 of what `stored_codes` gave."""
+    return stored.view(torch.int8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The compressed-tensors format, which vLLM, SGLang and transformers load.
 
 Config classes and bit packing are the compressed-tensors library's own; which tensor holds what
-is told in its compressors `pack_quantized` (weight-only) and `naive_quantized` (W8A8).
+is told in its compressors `pack_quantized` (integers alone) and `naive_quantized` (float8, and
+integers whose activations are rounded too).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,22 +12,28 @@ import torch
 from torch import Tensor
 
 from quantcore.affine import Qparams, dequantize
-from quantcore.formats.base import Format, QuantizedLinear
-from quantcore.schemes import Scheme
+from quantcore.formats.base import Format, QuantizedLinear, int8_codes, scale_of_rows
+from quantcore.schemes import FloatGrid, Grid, Scheme
 
 _PACKED = "pack-quantized"
-_PLAIN = "int-quantized"
+_INTEGERS = "int-quantized"
+_FLOATS = "float-quantized"
 
 
 def _storage(scheme: Scheme) -> str:
-    return _PLAIN if scheme.kind.activation_bits else _PACKED
+    if isinstance(scheme.grid, FloatGrid):
+        return _FLOATS
+    return _INTEGERS if scheme.activations else _PACKED
 
 
 def _refusal(module_kind: str, scheme: Scheme) -> str | None:
     if module_kind != "Linear":
         return f"compressed-tensors has no {module_kind} layers: write skip: true for it"
-    if scheme.kind.activation_bits and not scheme.symmetric:
-        return "compressed-tensors engines run W8A8 with symmetric weights: write symmetric: true"
+    if scheme.zero_point == "float":
+        return (
+            "compressed-tensors has whole zero points alone: write zero_point: int, or "
+            "output.format: native"
+        )
     return None
 
 
@@ -44,9 +51,9 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     scheme, qparams = linear.scheme, linear.qparams
-    scale_OG = qparams.scale_OG.to(scale_dtype)
-    if _storage(scheme) == _PLAIN:
-        plain = {"weight": linear.codes_OI, "weight_scale": scale_OG}
+    scale_OG = linear.stored_scale(scale_dtype)
+    if _storage(scheme) != _PACKED:
+        plain = {"weight": linear.stored_codes(), "weight_scale": scale_OG}
         if linear.input_scale is not None:
             plain["input_scale"] = torch.tensor([linear.input_scale], dtype=scale_dtype)
         return plain
@@ -64,10 +71,11 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
 def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _in_features: int) -> Tensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    scale_OG = tensors["weight_scale"].float()
+    rows = len(tensors["weight" if _storage(scheme) != _PACKED else "weight_packed"])
+    scale_OG = scale_of_rows(tensors["weight_scale"], scheme, rows)
     zero_OG = torch.zeros(scale_OG.shape, dtype=torch.int8, device=scale_OG.device)
-    if _storage(scheme) == _PLAIN:
-        return dequantize(tensors["weight"], Qparams(scale_OG, zero_OG), scheme)
+    if _storage(scheme) != _PACKED:
+        return dequantize(int8_codes(tensors["weight"]), Qparams(scale_OG, zero_OG), scheme)
     shape = torch.Size(tensors["weight_shape"].tolist())
     codes_OI = unpack_from_int32(tensors["weight_packed"], scheme.bits, shape)
     if not scheme.symmetric:
@@ -114,21 +122,28 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> Any:
 
     weights = QuantizationArgs(
         num_bits=scheme.bits,
+        type=_type(scheme.grid),
         symmetric=scheme.symmetric,
-        strategy="channel" if scheme.group_size is None else "group",
+        strategy=scheme.span,
         group_size=scheme.group_size,
     )
-    activations = None
-    if scheme.kind.activation_bits:
-        activations = QuantizationArgs(
-            num_bits=scheme.kind.activation_bits,
-            symmetric=True,
-            strategy="tensor" if scheme.kind.static else "token",
-            dynamic=not scheme.kind.static,
+    rounded = None
+    if scheme.activations is not None:
+        activations = scheme.activations
+        rounded = QuantizationArgs(
+            num_bits=activations.grid.bits,
+            type=_type(activations.grid),
+            symmetric=activations.symmetric,
+            strategy="tensor" if activations.static or scheme.per_tensor else "token",
+            dynamic=not activations.static,
         )
     return QuantizationScheme(
-        targets=targets, weights=weights, input_activations=activations, format=_storage(scheme)
+        targets=targets, weights=weights, input_activations=rounded, format=_storage(scheme)
     )
+
+
+def _type(grid: Grid) -> str:
+    return "float" if isinstance(grid, FloatGrid) else "int"
 
 
 FORMAT = Format(

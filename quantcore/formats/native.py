@@ -1,15 +1,16 @@
 """The project's own format: safetensors that carry every scheme, loaded by workers/loading.py.
 
-    NAME.weight_codes    int8 (O, I); 4-bit codes two to a byte, uint8 (O, ceil(I / 2))
-    NAME.weight_scale    (O, G)
-    NAME.weight_zero     int8 (O, G), of asymmetric schemes
+    NAME.weight_codes    int8 or float8 (O, I); 4 bits two to a byte, uint8 (O, ceil(I / 2))
+    NAME.weight_scale    (O, G); (1,) where all rows share one
+    NAME.weight_zero     (O, G) where there is one: int8; a float zero point in the scale's dtype
     NAME.input_scale     (1,), of static schemes
     NAME.input_factor    float32 (I,): inputs are divided by it first (SmoothQuant)
 
 Engines do not know it. What it has beyond compressed-tensors is a factor on inputs that no norm
-could take, and any scheme beside any other.
+could take, float zero points, and any scheme beside any other.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,21 +18,23 @@ import torch
 from torch import Tensor
 
 from quantcore.affine import Qparams, dequantize
-from quantcore.formats.base import Format, QuantizedLinear
+from quantcore.formats.base import Format, QuantizedLinear, int8_codes, scale_of_rows
 from quantcore.schemes import Scheme
 
 METHOD = "quantfleet"  # config.json's quant_method
-VERSION = 1
+VERSION = 2
 
 
 def encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     scheme, qparams = linear.scheme, linear.qparams
     tensors = {
-        "weight_codes": _packed(linear.codes_OI) if scheme.bits == 4 else linear.codes_OI,
-        "weight_scale": qparams.scale_OG.to(scale_dtype),
+        "weight_codes": _packed(linear.codes_OI) if scheme.bits == 4 else linear.stored_codes(),
+        "weight_scale": linear.stored_scale(scale_dtype),
     }
-    if not scheme.symmetric:
+    if scheme.zero_point == "int":
         tensors["weight_zero"] = qparams.zero_OG
+    elif scheme.zero_point == "float":
+        tensors["weight_zero"] = qparams.zero_OG.to(scale_dtype)
     if linear.input_scale is not None:
         tensors["input_scale"] = torch.tensor([linear.input_scale], dtype=scale_dtype)
     if linear.input_factor_I is not None:
@@ -42,12 +45,13 @@ def encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tenso
 def read(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> QuantizedLinear:
     """What `encode` was given, scales as they were stored."""
     codes_OI = tensors["weight_codes"]
-    if scheme.bits == 4:
-        codes_OI = _unpacked(codes_OI, in_features)
-    scale_OG = tensors["weight_scale"].float()
-    zero_OG = tensors.get("weight_zero")
-    if zero_OG is None:
+    codes_OI = _unpacked(codes_OI, in_features) if scheme.bits == 4 else int8_codes(codes_OI)
+    scale_OG = scale_of_rows(tensors["weight_scale"], scheme, len(codes_OI))
+    if scheme.symmetric:
         zero_OG = torch.zeros(scale_OG.shape, dtype=torch.int8, device=scale_OG.device)
+    else:
+        zero_OG = tensors["weight_zero"]
+        zero_OG = zero_OG.float() if scheme.zero_point == "float" else zero_OG
     scale = tensors.get("input_scale")
     return QuantizedLinear(
         codes_OI,
@@ -82,7 +86,8 @@ def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, 
         "quant_method": METHOD,
         "version": VERSION,
         "schemes": [
-            {"name": s.name, "group_size": s.group_size, "symmetric": s.symmetric} for s in distinct
+            {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+            for scheme in distinct
         ],
         "linears": {name: distinct.index(scheme) for name, scheme in sorted(schemes.items())},
         "skipped": sorted(skipped),

@@ -32,7 +32,7 @@ from quantcore.schemes import Scheme
 from workers.kind import hardware_kind, make_repeatable
 
 TOKENS = 16_384
-INT4 = Scheme(name="int4", group_size=128, symmetric=True)
+INT4 = Scheme(name="int4", group_size=128, zero_point="none")
 CONFIG = GptqConfig()
 # rows of a LinearGroup's stacked linears, and the width of the input they share
 SHAPES = {

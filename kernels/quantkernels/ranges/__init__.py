@@ -17,7 +17,7 @@ def search(
 
     Each group's extremes are tried whole and shrunk by every factor of `shrink_S` (float32, the
     first of them 1); of equal errors the first wins. Gives the scale, float32 (O, G), and the zero
-    point, int8 (O, G).
+    point, int8 (O, G); a float zero point as float32.
     """
     if w_OGI.device.type in FUSED_DEVICES:
         from quantkernels.ranges import fused

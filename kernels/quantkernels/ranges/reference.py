@@ -1,40 +1,64 @@
 """Affine ranges of groups of weights, in plain torch.
 
-A weight w is stored as a code q in qmin..qmax and read back as (q - zero) * scale. A symmetric
-grid spreads max|w| over qmax - qmin steps; the other kind spreads the group's extremes, zero
-among them. The scale is rounded to the dtype it is stored in before any weight is.
+A weight w is stored as a code q in qmin..qmax. Without a zero point it is read back as q * scale,
+and max|w| is spread over qmax - qmin steps. With a whole one it is (q - zero) * scale, and the
+group's extremes are spread, 0 among them. With a float one it is q * scale + zero, and the extremes
+are spread as they are. What is stored, scale and float zero, is rounded to its dtype before any
+weight is.
 
 Shape suffixes: O = rows of the weight, G = groups per row, I = weights of a group, S = factors.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from quantkernels.grids import ROUND, GridName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AffineRange:
     qmin: int
     qmax: int
-    symmetric: bool
-    stored: torch.dtype  # of the scale
+    zero_point: Literal["none", "int", "float"]
+    stored: torch.dtype  # of the scale, and of a float zero point
 
 
 def extremes(
     w_OGI: Tensor, kind: AffineRange, shrink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (int8), both (O, G), of the extremes times `shrink`."""
-    low_OG = w_OGI.amin(-1).clamp(max=0)
-    high_OG = w_OGI.amax(-1).clamp(min=0)
+    """Scale (float32) and zero point (int8; a float one: float32), both (O, G).
+
+    The extremes are scaled by `shrink` first: towards 0, or, with a float zero point, towards
+    their middle.
+    """
+    low_OG, high_OG = w_OGI.amin(-1), w_OGI.amax(-1)
+    if kind.zero_point == "float":
+        return _offset_range(low_OG, high_OG, kind, shrink)
+    low_OG, high_OG = low_OG.clamp(max=0), high_OG.clamp(min=0)
     if shrink is not None:
         low_OG, high_OG = low_OG * shrink, high_OG * shrink
-    span_OG = 2 * torch.maximum(-low_OG, high_OG) if kind.symmetric else high_OG - low_OG
+    symmetric = kind.zero_point == "none"
+    span_OG = 2 * torch.maximum(-low_OG, high_OG) if symmetric else high_OG - low_OG
     scale_OG = _storable(span_OG / (kind.qmax - kind.qmin), kind.stored)
-    if kind.symmetric:
+    if symmetric:
         return scale_OG, torch.zeros_like(scale_OG, dtype=torch.int8)
     zero_OG = (kind.qmin - low_OG / scale_OG).round().clamp(kind.qmin, kind.qmax)
     return scale_OG, zero_OG.to(torch.int8)
+
+
+def _offset_range(
+    low_OG: Tensor, high_OG: Tensor, kind: AffineRange, shrink: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if shrink is not None:
+        cut_OG = (high_OG - low_OG) * (0.5 - 0.5 * shrink)
+        low_OG, high_OG = low_OG + cut_OG, high_OG - cut_OG
+    scale_OG = ((high_OG - low_OG) / (kind.qmax - kind.qmin)).to(kind.stored).float()
+    # where all weights are one value, it is code 0's, whatever a step is
+    zero_OG = torch.where(scale_OG > 0, low_OG - kind.qmin * scale_OG, low_OG)
+    return torch.where(scale_OG > 0, scale_OG, 1.0), zero_OG.to(kind.stored).float()
 
 
 def search(
@@ -62,7 +86,7 @@ def _storable(scale_OG: Tensor, stored: torch.dtype) -> Tensor:
 def _error(
     w_OGI: Tensor, importance_GI: Tensor, kind: AffineRange, scale_OG: Tensor, zero_OG: Tensor
 ) -> Tensor:
+    grid: GridName = "offset" if kind.zero_point == "float" else "affine"
     scale_OG1, zero_OG1 = scale_OG[..., None], zero_OG[..., None].float()
-    code_OGI = ((w_OGI / scale_OG1).round() + zero_OG1).clamp(kind.qmin, kind.qmax)
-    value_OGI = (code_OGI - zero_OG1) * scale_OG1
-    return ((w_OGI - value_OGI).square() * importance_GI).sum(-1)
+    rounded = ROUND[grid](w_OGI, scale_OG1, zero_OG1, (kind.qmin, kind.qmax))
+    return ((w_OGI - rounded.values).square() * importance_GI).sum(-1)

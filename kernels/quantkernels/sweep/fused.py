@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import SWEEP_COLUMNS, SWEEP_PRECISION, SWEEP_SPAN, SWEEP_STEP
-from quantkernels.sweep.reference import AffineColumns
+from quantkernels.sweep.reference import Columns
 
 FEW_ROWS = {"rows": 32, "num_warps": 1}
 MANY_ROWS = {"rows": 128, "num_warps": 4}
@@ -26,9 +26,7 @@ UPDATE_INPUTS, UPDATE_ROWS = 128, 128
 NEIGHBOURS = 8  # tiles of rows that run side by side and share a tile of V
 
 
-def sweep_by_root(
-    w_IO: Tensor, root_II: Tensor, columns: AffineColumns, block_columns: int
-) -> Tensor:
+def sweep_by_root(w_IO: Tensor, root_II: Tensor, columns: Columns, block_columns: int) -> Tensor:
     """Codes, int8 (I, O); `w_IO` ends as the differences D between weights and their values."""
     width, rows = w_IO.shape
     codes_IO = torch.empty(width, rows, dtype=torch.int8, device=w_IO.device)
@@ -60,7 +58,7 @@ def sweep_by_root(
                 *root_II.stride(),
                 columns.qmin,
                 columns.qmax,
-                "affine",
+                columns.grid,
                 tile["rows"],
                 SWEEP_COLUMNS,
                 SWEEP_PRECISION,
@@ -102,16 +100,52 @@ def _hand_on(
 
 @triton.jit
 def _nearest(moved, scale, per_scale, zero, qmin, qmax, GRID: tl.constexpr):
-    """The code of the nearest value of a grid, and that value."""
-    tl.static_assert(GRID == "affine", "this grid is not known here")
-    # moved / scale, rounded as a division would be, without its branch for the rarest operands:
-    # loads could not be moved over that
-    steps = tl.minimum(tl.maximum(moved * per_scale, -1e9), 1e9)  # an infinite one has no rest
-    steps = tl.fma(tl.fma(-steps, scale, moved), per_scale, steps)
-    # adding and taking off 1.5 * 2**23 rounds to a whole number, ties to even
-    whole = (steps + 12582912.0) - 12582912.0
-    code = tl.minimum(tl.maximum(whole + zero, qmin), qmax)
-    return code, (code - zero) * scale
+    """The code of the nearest value of a grid (see quantkernels/grids.py), and that value."""
+    if GRID == "affine":
+        whole = _whole(_divided(moved, scale, per_scale))
+        code = tl.minimum(tl.maximum(whole + zero, qmin), qmax)
+        value = (code - zero) * scale
+    elif GRID == "offset":
+        whole = _whole(_divided(moved - zero, scale, per_scale))
+        code = tl.minimum(tl.maximum(whole, qmin), qmax)
+        value = code * scale + zero
+    else:
+        tl.static_assert(GRID == "float8", "this grid is not known here")
+        code, rounded = _float8(_divided(moved, scale, per_scale), qmin, qmax)
+        value = rounded * scale
+    return code, value
+
+
+@triton.jit
+def _divided(x, scale, per_scale):
+    """x / scale, rounded as a division would be, without its branch for the rarest operands.
+
+    Loads could not be moved over that.
+    """
+    steps = tl.minimum(tl.maximum(x * per_scale, -1e9), 1e9)  # an infinite one has no rest
+    return tl.fma(tl.fma(-steps, scale, x), per_scale, steps)
+
+
+@triton.jit
+def _whole(x):
+    """The nearest whole number, ties to even: adding 1.5 * 2**23 leaves no bits for less."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _float8(x, lowest, highest):
+    """The nearest value in e4m3, ties to even, and its bits. By hand: not every device has it."""
+    near = tl.minimum(tl.maximum(x, lowest), highest)
+    size = tl.abs(near)
+    bits = size.to(tl.int32, bitcast=True)
+    bits += ((bits >> 20) & 1) + 0x7FFFF  # of 23 bits of mantissa, three stay
+    normal = bits >> 20
+    low = _whole(size * 512.0)  # below 2**-6 all values are 2**-9 apart
+    small = size < 0.015625
+    code = tl.where(small, low.to(tl.int32), normal - (120 << 3))
+    rounded = tl.where(small, low * 0.001953125, (normal << 20).to(tl.float32, bitcast=True))
+    negative = x.to(tl.int32, bitcast=True) < 0
+    return tl.where(negative, code | 0x80, code), tl.where(negative, -rounded, rounded)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "qmin", "qmax"])

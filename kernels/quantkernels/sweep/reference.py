@@ -22,19 +22,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkernels.grids import ROUND, GridName, Rounded
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AffineColumns:
-    """An affine grid, looked up by position in the order of rounding."""
+class Columns:
+    """A grid, looked up by position in the order of rounding."""
 
+    grid: GridName = "affine"
     scale_GO: Tensor  # float32
-    zero_GO: Tensor  # float32, whole numbers
+    zero_GO: Tensor  # float32; of an affine grid whole numbers, of float8 not looked at
     group_of_I: Tensor  # int64: the group of the i-th column to be rounded
     qmin: int
     qmax: int
 
+    def nearest(self, w_O: Tensor, group: int) -> Rounded:
+        ends = (self.qmin, self.qmax)
+        return ROUND[self.grid](w_O, self.scale_GO[group], self.zero_GO[group], ends)
 
-def sweep(w_IO: Tensor, upper_II: Tensor, columns: AffineColumns, block_columns: int) -> Tensor:
+
+def sweep(w_IO: Tensor, upper_II: Tensor, columns: Columns, block_columns: int) -> Tensor:
     """Codes, int8 (I, O). `w_IO` (float32, contiguous) is used up as scratch space."""
     width, rows = w_IO.shape
     codes_IO = torch.empty(width, rows, dtype=torch.int8, device=w_IO.device)
@@ -44,13 +51,11 @@ def sweep(w_IO: Tensor, upper_II: Tensor, columns: AffineColumns, block_columns:
         stop = min(start + block_columns, width)
         error_BO = torch.empty_like(w_IO[start:stop])
         for i in range(start, stop):
-            scale_O = columns.scale_GO[group_of_I[i]]
-            zero_O = columns.zero_GO[group_of_I[i]]
             w_O = w_IO[i]
-            code_O = (w_O / scale_O).round_().add_(zero_O).clamp_(columns.qmin, columns.qmax)
-            codes_IO[i] = code_O
+            rounded = columns.nearest(w_O, group_of_I[i])
+            codes_IO[i] = rounded.codes
             error_O = error_BO[i - start]
-            torch.sub(w_O, code_O.sub_(zero_O).mul_(scale_O), out=error_O)
+            torch.sub(w_O, rounded.values, out=error_O)
             error_O /= pivot_I[i]
             if i + 1 < stop:
                 w_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
@@ -59,9 +64,7 @@ def sweep(w_IO: Tensor, upper_II: Tensor, columns: AffineColumns, block_columns:
     return codes_IO
 
 
-def sweep_by_root(
-    w_IO: Tensor, root_II: Tensor, columns: AffineColumns, block_columns: int
-) -> Tensor:
+def sweep_by_root(w_IO: Tensor, root_II: Tensor, columns: Columns, block_columns: int) -> Tensor:
     width, rows = w_IO.shape
     codes_IO = torch.empty(width, rows, dtype=torch.int8, device=w_IO.device)
     owed_IO = torch.zeros_like(w_IO)  # the sum over k, as far as it is known
@@ -70,12 +73,10 @@ def sweep_by_root(
     for start in range(0, width, block_columns):
         stop = min(start + block_columns, width)
         for i in range(start, stop):
-            scale_O = columns.scale_GO[group_of_I[i]]
-            zero_O = columns.zero_GO[group_of_I[i]]
             moved_O = w_IO[i] + owed_IO[i] / pivot_I[i]
-            code_O = (moved_O / scale_O).round_().add_(zero_O).clamp_(columns.qmin, columns.qmax)
-            codes_IO[i] = code_O
-            w_IO[i] -= code_O.sub_(zero_O).mul_(scale_O)
+            rounded = columns.nearest(moved_O, group_of_I[i])
+            codes_IO[i] = rounded.codes
+            w_IO[i] -= rounded.values
             if i + 1 < stop:
                 owed_IO[i + 1 : stop].addr_(root_II[i, i + 1 : stop], w_IO[i])
         if stop < width:
