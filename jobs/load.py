@@ -106,6 +106,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
         texts: dict[str, Any] = {
             "text": absolute(spec.calibration.text),
             "jsonl": absolute(spec.calibration.jsonl),
+            "task_folder": absolute(spec.calibration.task_folder),
         }
         if spec.calibration.statistics is not None:
             texts["statistics"] = place(spec.calibration.statistics)

@@ -184,11 +184,18 @@ def _refuse_smoothing(method: Method, scheme: Scheme) -> None:
 
 
 class CalibrationSpec(_Section):
-    """Windows of token ids: cut from a text, or as rows of a jsonl file."""
+    """Sequences of token ids: windows of a text, rows of a jsonl file, or documents of tasks."""
 
     text: FilePath | None = None
     jsonl: FilePath | None = None
     field: str = "text"  # of each jsonl row: a text, or a list of token ids used as it is
+    tasks: tuple[str, ...] = ()  # lm-eval tasks by name: documents in the words of their requests
+    task_folder: FilePath | None = None  # more lm-eval task files
+    limit: Annotated[int, Field(gt=0)] | None = None  # documents per task: its first ones
+    # None: the first of these that lm-eval does not measure by, if the task has one
+    split: Literal["training", "validation", "test"] | None = None
+    # of documents with fewer tokens than `length`; None: pad those of tasks, join texts of a jsonl
+    short: Literal["pad", "drop", "join"] | None = None
     sequences: Annotated[int, Field(gt=0)] = 128
     length: Annotated[int, Field(gt=1)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
@@ -199,10 +206,11 @@ class CalibrationSpec(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        named = [self.text, self.jsonl, self.statistics]
+        named = [self.text, self.jsonl, self.statistics, self.tasks or None]
         if sum(source is not None for source in named) != 1:
             raise ValueError(
-                "name one source of texts: write either text or jsonl, or a job's statistics"
+                "name one source of texts: write either text or jsonl, or tasks, or a job's "
+                "statistics"
             )
         if self.statistics is not None and self != CalibrationSpec.model_construct(
             statistics=self.statistics
@@ -210,6 +218,11 @@ class CalibrationSpec(_Section):
             raise ValueError(
                 "statistics were made from the texts of their own job: drop the other keys"
             )
+        about_tasks = [key for key in ("task_folder", "limit", "split") if getattr(self, key)]
+        if about_tasks and not self.tasks:
+            raise ValueError(f"{about_tasks[0]} is about lm-eval tasks: name tasks, or drop it")
+        if self.short is not None and self.text is not None:
+            raise ValueError("a text is cut into whole windows: drop short, or name jsonl or tasks")
         return self
 
 

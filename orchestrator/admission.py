@@ -225,7 +225,7 @@ def _products(sizes: Sizes) -> int:
     widest = max(max(layer.in_features, layer.out_features) for layer in inside)
     hidden, item = sizes.architecture.hidden_size, sizes.item
     forward = item * (4 * widest + 8 * hidden) + 2 * FLOAT32 * hidden
-    hooks = (FLOAT32 + 2 + item) * widest
+    hooks = (FLOAT32 + 2 + item + item * sizes.plan.padded) * widest
     calibration = sizes.plan.calibration
     assert calibration is not None
     squares = sizes.plan.contract.micro_batch * calibration.length**2

@@ -4,16 +4,15 @@ import contextlib
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
 
 from jobs.load import Document, Location, read_document, resolve_paths, validate
-from jobs.spec import JobSpec
+from jobs.spec import CalibrationSpec, EvaluationSpec, JobSpec
 from orchestrator.admission import Prediction, peak
 from orchestrator.fitting import Admitted, Job
 from orchestrator.machines import choose_fleet, unshared
@@ -24,7 +23,9 @@ from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, Sto
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
 from workers.capacity import Disk, disk
-from workers.evaluate import read_text, unknown_tasks
+from workers.documents import Windows, measured_tasks, task_windows
+from workers.evaluate import read_text
+from workers.harness import unknown_tasks
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
 from workers.plan import MIXED, Plan
@@ -44,6 +45,8 @@ class Prepared:
     architecture: Architecture
     team: Team
     tokens_digest: str | None  # of the calibration's token ids
+    sources: dict[str, int] = field(default_factory=dict)  # sequences by task and split
+    notes: tuple[str, ...] = ()  # of what was allowed and may not have been meant
     statistics: Statistics | None = None  # that stand for texts
 
     @property
@@ -157,7 +160,8 @@ def prepare(
         if fleet and not layer_faults:
             kind = MIXED if spec.workers.kind == "mixed" else fleet[0].kind
             records = statistics.records if statistics else ()
-            plan = make_plan(spec, blocks, head, kind, windows, records)
+            ids_SL = windows.ids_SL if windows else None
+            plan = make_plan(spec, blocks, head, kind, ids_SL, records)
             again = lambda other: make_plan(other, blocks, head, kind)  # noqa: E731
             job = Job(spec, plan, architecture, source, again)
             team, lacking = admit_team(job, fleet, _store_disk(spec))
@@ -173,7 +177,9 @@ def prepare(
         source=source,
         architecture=architecture,
         team=team,
-        tokens_digest=None if windows is None else digest(windows),
+        tokens_digest=digest(windows.ids_SL) if windows else None,
+        sources=windows.sources if windows else {},
+        notes=windows.notes if windows else (),
         statistics=statistics,
     )
 
@@ -223,17 +229,22 @@ def _calibration(
     source: ModelSource | None,
     architecture: Architecture | None,
     findings: _Findings,
-) -> Tensor | None:
+) -> Windows | None:
     """The calibration's token ids: workers are given them, and need not see the texts."""
     calibration = spec.calibration
     if calibration is None or calibration.statistics is not None:
         return None
-    file, field = calibration.text, "calibration.text"
-    if file is None:
-        file, field = calibration.jsonl, "calibration.jsonl"
-    assert file is not None
-    if not file.is_file():
-        findings.add(Fault(field=field, message=f"there is no file {file}", kind=SourceError))
+    place = next(name for name in ("text", "jsonl", "tasks") if getattr(calibration, name))
+    found = getattr(calibration, place)
+    place = f"calibration.{place}"
+    notes: list[str] = []
+    if calibration.tasks:
+        faults, notes = _tasks(calibration, spec.evaluation)
+    else:
+        missing = Fault(field=place, message=f"there is no file {found}", kind=SourceError)
+        faults = [] if found.is_file() else [missing]
+    if faults:
+        findings.add(*faults)
         return None
     limit = architecture.max_length if architecture else None
     if limit is not None and calibration.length > limit:
@@ -248,7 +259,44 @@ def _calibration(
     tokenizer = findings.attempt("model.path", source.tokenizer)
     if tokenizer is None:
         return None
-    return findings.attempt(field, lambda: token_windows(calibration, tokenizer))
+    if not calibration.tasks:
+        ids_SL = findings.attempt(place, lambda: token_windows(calibration, tokenizer))
+        return None if ids_SL is None else Windows(ids_SL)
+    windows = findings.attempt(place, lambda: task_windows(calibration, tokenizer))
+    return windows and dataclasses.replace(windows, notes=tuple(notes))
+
+
+def _tasks(
+    calibration: CalibrationSpec, evaluation: EvaluationSpec | None
+) -> tuple[list[Fault], list[str]]:
+    """What is wrong with the calibration's tasks, and what is allowed and is to be known.
+
+    What the evaluation measures by is no calibration, unless the job names the very split.
+    """
+    faults = _unknown(calibration.tasks, calibration.task_folder, "calibration")
+    both = [] if faults else measured_tasks(calibration, evaluation)
+    notes = []
+    for name, split in both:
+        said = f"the {split} split of '{name}' is what evaluation.tasks measures by"
+        if calibration.split is not None:
+            notes.append(f"calibrated with what is measured: {said}")
+            continue
+        instead = f"name another task, or write calibration.split: {split} to take it all the same"
+        faults.append(Fault(field="calibration.tasks", message=f"{said}: {instead}"))
+    return faults, notes
+
+
+def _unknown(tasks: Sequence[str], folder: Path | None, section: str) -> list[Fault]:
+    if folder is not None and not folder.is_dir():
+        message = f"there is no folder {folder}"
+        return [Fault(field=f"{section}.task_folder", message=message, kind=SourceError)]
+    return [
+        Fault(
+            field=f"{section}.tasks",
+            message=f"lm-eval knows no task '{name}': see lm-eval ls tasks, or set task_folder",
+        )
+        for name in unknown_tasks(tasks, folder)[:1]
+    ]
 
 
 def _statistics(
@@ -270,12 +318,7 @@ def _evaluation(spec: JobSpec, findings: _Findings) -> None:
         message = f"there is no file {evaluation.text}"
         findings.add(Fault(field="evaluation.text", message=message, kind=SourceError))
     findings.attempt("evaluation.text", lambda: read_text(evaluation))
-    if evaluation.task_folder is not None and not evaluation.task_folder.is_dir():
-        message = f"there is no folder {evaluation.task_folder}"
-        findings.add(Fault(field="evaluation.task_folder", message=message, kind=SourceError))
-    elif unknown := unknown_tasks(evaluation):
-        message = f"lm-eval knows no task '{unknown[0]}': see lm-eval ls tasks, or set task_folder"
-        findings.add(Fault(field="evaluation.tasks", message=message))
+    findings.add(*_unknown(evaluation.tasks, evaluation.task_folder, "evaluation"))
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:
@@ -326,5 +369,5 @@ def predicted(prepared: Prepared) -> dict[str, Any]:
         },
         "rates": prediction.rates.said,
         "hidden_states_on": prediction.states_on,
-        "notes": list(prepared.admitted.notes),
+        "notes": [*prepared.notes, *prepared.admitted.notes],
     }

@@ -132,7 +132,7 @@ class _Driver:
         prepared, plan, store = self.prepared, self.prepared.plan, self.store
         if store.exists(MANIFEST):  # by the driver that was waited for
             return JobResult(store.url, _read_report(store), already_finished=True)
-        begin(store, prepared, content)
+        began = begin(store, prepared, content)
         keys = [block_key(block) for block in range(len(plan.blocks))]
         done = finished_keys(store, [*keys, OUTSIDE])
         kept = len(done & set(keys))
@@ -153,7 +153,8 @@ class _Driver:
             write_index(store, plan, content["model (content)"], _origin(prepared))
         files = write_model(store, prepared, records)
         metrics = self._evaluate(executor, lease)
-        report = make_report(prepared, records, metrics, self.timings, self.probed)
+        texts = began.get("calibration")
+        report = make_report(prepared, texts, records, metrics, self.timings, self.probed)
         lease.check()
         files[REPORT] = _put_report(store, report)
         commit(store, prepared.spec.name, files)

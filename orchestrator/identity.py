@@ -13,7 +13,7 @@ from orchestrator.checks import Prepared
 from quantcore.errors import SpecError, StoreError
 from workers.evaluate import read_text
 from workers.layout import CALIBRATION, EVALUATION, JOB, dump
-from workers.plan import to_json
+from workers.plan import PADDING, to_json
 from workers.store import Store
 
 Identity = dict[str, Any]
@@ -86,8 +86,8 @@ def stored_job(store: Store) -> dict[str, Any] | None:
     return job
 
 
-def begin(store: Store, prepared: Prepared, current: Identity) -> None:
-    """Write the ledger's first record, or hold the job against the one that is there.
+def begin(store: Store, prepared: Prepared, current: Identity) -> dict[str, Any]:
+    """Write the ledger's first record, or hold the job against the one that is there; which it is.
 
     The texts go first, as far as they are used: with them the store alone is enough to go on.
     """
@@ -95,6 +95,7 @@ def begin(store: Store, prepared: Prepared, current: Identity) -> None:
         "spec": prepared.spec.model_dump(mode="json"),
         "identity": current,
         "blocks": len(prepared.plan.blocks),
+        "calibration": _calibrated_with(prepared),
     }
     if not store.exists(JOB):
         _keep_texts(store, prepared)
@@ -102,12 +103,28 @@ def begin(store: Store, prepared: Prepared, current: Identity) -> None:
         known = stored_job(store)
         assert known is not None
         refuse_difference(store, known["identity"], current)
+        return known
+    return record
+
+
+def _calibrated_with(prepared: Prepared) -> dict[str, Any] | None:
+    """For the report of whoever ends the job: only who begins it has seen the tasks."""
+    tokens = prepared.plan.tokens
+    if tokens is None:
+        return None
+    sequences, length = tokens.shape
+    return {
+        "sequences": sequences,
+        "length": length,
+        "tokens": int((tokens != PADDING).sum()),
+        "tasks": prepared.sources,
+    }
 
 
 def _keep_texts(store: Store, prepared: Prepared) -> None:
     tokens, evaluation = prepared.plan.tokens, prepared.spec.evaluation
     if tokens is not None:
-        rows = (json.dumps({"ids": row}) for row in tokens.tolist())
+        rows = (json.dumps({"ids": row[row != PADDING].tolist()}) for row in tokens)
         store.put(CALIBRATION, "\n".join(rows).encode())
     text = read_text(evaluation) if evaluation else None
     if text is not None:

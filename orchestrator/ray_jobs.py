@@ -29,7 +29,12 @@ _CHATTY = (
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-_TEXTS = (("calibration", "text"), ("calibration", "jsonl"), ("evaluation", "text"))
+_TEXTS = (
+    ("calibration", "text"),
+    ("calibration", "jsonl"),
+    ("calibration", "task_folder"),  # which the driver alone reads
+    ("evaluation", "text"),
+)
 _MOST_PACKED_BYTES = 90 * 2**20  # Ray refuses packages over 100 MiB
 
 
@@ -117,16 +122,21 @@ def _packed(spec: JobSpec) -> Iterator[Path]:
         size = 0
         for section, name in _TEXTS:
             path = getattr(getattr(spec, section), name, None)
-            if path is None or not path.is_file():
+            folder_meant = name == "task_folder"
+            if path is None or not (path.is_dir() if folder_meant else path.is_file()):
                 continue
-            size += path.stat().st_size
+            files = path.rglob("*") if folder_meant else [path]
+            size += sum(file.stat().st_size for file in files)
             if size > _MOST_PACKED_BYTES:
                 raise SpecError(
                     f"{section}.{name}: the texts are over {_MOST_PACKED_BYTES >> 20} MiB, too "
                     "much to send along: put them where the cluster's nodes see them"
                 )
             packed = f"{section}-{name}{path.suffix}"
-            shutil.copyfile(path, folder / packed)
+            if folder_meant:
+                shutil.copytree(path, folder / packed)
+            else:
+                shutil.copyfile(path, folder / packed)
             data[section][name] = packed
         (folder / _JOB_FILE).write_text(yaml.safe_dump(data, sort_keys=False))
         yield folder

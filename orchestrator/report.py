@@ -11,6 +11,7 @@ VERSION = 1
 
 def make_report(
     prepared: Prepared,
+    texts: Mapping[str, Any] | None,
     records: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     timings: Timings,
@@ -20,6 +21,7 @@ def make_report(
     return {
         "version": VERSION,
         "plan": describe(prepared),
+        "calibration": texts,
         "statistics": prepared.statistics.origin if prepared.statistics else None,
         "layers": layers,
         "fallbacks": [line["layer"] for line in layers if line["fallback"]],

@@ -16,7 +16,8 @@ from orchestrator.driver import finished_keys
 from orchestrator.fetch import fetch
 from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
-from workers.evaluate import evaluate, read_text, unknown_tasks
+from workers.evaluate import evaluate, read_text
+from workers.harness import unknown_tasks
 from workers.layout import CALIBRATION, EVALUATION, JOB, MANIFEST, block_key
 from workers.loading import load
 from workers.store import LocalStore, Store, open_store
@@ -44,7 +45,8 @@ def kept_texts(store: Store, spec: JobSpec) -> Iterator[JobSpec]:
         if spec.calibration is not None and store.exists(CALIBRATION):
             jsonl = Path(scratch) / Path(CALIBRATION).name
             store.get_file(CALIBRATION, jsonl)
-            update = {"text": None, "jsonl": jsonl, "field": "ids"}
+            update: dict[str, Any] = {"jsonl": jsonl, "field": "ids", "short": "pad", "tasks": ()}
+            update |= dict.fromkeys(("text", "task_folder", "limit", "split"))
             changes["calibration"] = spec.calibration.model_copy(update=update)
         if spec.evaluation is not None and store.exists(EVALUATION):
             text = Path(scratch) / Path(EVALUATION).name
@@ -95,7 +97,7 @@ def evaluate_stored(model: str, options: dict[str, Any], dtype: str) -> dict[str
         spec = EvaluationSpec.model_validate(options)
     except ValidationError as error:
         raise SpecError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    if unknown := unknown_tasks(spec):
+    if unknown := unknown_tasks(spec.tasks, spec.task_folder):
         raise SpecError(f"--tasks: lm-eval knows no task '{unknown[0]}'")
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         folder = Path(model)

@@ -6,7 +6,10 @@ recorder that notes what the block is called with (rotary tables, masks, positio
 its input on; so one pass over the token ids gives the first block's input and every block's
 keyword arguments, and one more with the last recorder returning given hidden states gives logits.
 
-Shape suffixes: B = sequences, L = tokens each, H = hidden width.
+A sequence's token ids may end in PADDING. A token is embedded there all the same: attention looks
+back alone, so it reaches none of the sequence's own. Statistics of inputs leave such places out.
+
+Shape suffixes: B = sequences, L = tokens each, H = hidden width, T = tokens of all sequences.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcore.errors import SourceError
+from workers.plan import PADDING
 from workers.skeleton import empty_model
 from workers.sources import ModelSource
 
@@ -37,6 +41,7 @@ class Inputs:
 
     hidden_BLH: Tensor
     calls: list[Call]  # one per block; micro-batches of one shape share them
+    real_T: Tensor | None = None  # int64: which of the B * L places hold tokens; None: all do
 
 
 class _AllRecordedError(Exception):
@@ -128,7 +133,15 @@ class BlockModel:
         self._load_outside()
         noted = self._record(ids_BL)
         noted.calls = self._shared_calls.setdefault(tuple(ids_BL.shape), noted.calls)
+        noted.real_T = self.real(ids_BL)
         return noted
+
+    def real(self, ids_BL: Tensor) -> Tensor | None:
+        """Which places hold tokens, counted through all sequences, if not all do."""
+        padded_T = (ids_BL == PADDING).flatten()
+        if not padded_T.any():
+            return None
+        return (~padded_T).nonzero().flatten().to(self.device)
 
     def calls(self, ids_BL: Tensor) -> list[Call]:
         """How the blocks are called on token ids of this shape."""
@@ -167,7 +180,8 @@ class BlockModel:
         parent, name = self._path.rpartition(".")[::2]
         owner = self.skeleton.get_submodule(parent)
         setattr(owner, name, nn.ModuleList(recorders))
-        output = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False)
+        embeddable_BL = ids_BL.clamp(min=0).to(self.device)
+        output = self.skeleton(input_ids=embeddable_BL, use_cache=False)
         logits: Tensor = output.logits
         return logits
 

@@ -1,8 +1,9 @@
-"""Calibration texts as windows of token ids."""
+"""Calibration texts as sequences of token ids."""
 
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ from torch import Tensor
 
 from jobs.spec import CalibrationSpec
 from quantcore.errors import SourceError, SpecError
+from workers.plan import PADDING
 
 
 def token_windows(spec: CalibrationSpec, tokenizer: Any) -> Tensor:
-    """Token ids, int64 (sequences, length).
+    """Token ids of a text or a jsonl file, int64 (sequences, length), PADDING after a short one.
 
     A text's windows are evenly spaced over its first `max_characters` characters and do not
-    overlap; the seed shifts them together within the stride. Rows of ids in a jsonl are taken as
-    they are, in order. No special tokens are added. Raises SourceError for a file that does not
-    read and SpecError for too little of it.
+    overlap; the seed shifts them together within the stride. Rows of text in a jsonl are one text,
+    or, with `short: pad` or `drop`, documents in an order that the seed decides. Rows of ids are
+    taken as they are, in order. No special tokens are added. Raises SourceError for a file that
+    does not read and SpecError for too little of it.
     """
     if spec.jsonl is None:
         assert spec.text is not None
-        return _cut(_encode(tokenizer, _read(spec.text)[: spec.max_characters]), spec, "text")
+        return _cut(encode(tokenizer, _read(spec.text)[: spec.max_characters]), spec, "text")
     rows = _rows(spec.jsonl, spec.field)
     if rows and isinstance(rows[0], list):
         return _given_ids(rows, spec, len(tokenizer))
@@ -33,8 +36,45 @@ def token_windows(spec: CalibrationSpec, tokenizer: Any) -> Tensor:
                 f"calibration.field: '{spec.field}' of row {number} of {spec.jsonl} is not a text: "
                 "name a field that holds texts, or token ids in every row"
             )
+    if spec.short in ("pad", "drop"):
+        shuffled = random.Random(spec.seed).sample(rows, len(rows))  # noqa: S311
+        return _documents((encode(tokenizer, row) for row in shuffled), spec)
     text = "\n\n".join(rows)
-    return _cut(_encode(tokenizer, text[: spec.max_characters]), spec, "jsonl")
+    return _cut(encode(tokenizer, text[: spec.max_characters]), spec, "jsonl")
+
+
+def fill(
+    documents: Iterable[list[int]], spec: CalibrationSpec, separator: list[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Up to `sequences` rows of `length` token ids, and for each the document that it begins in.
+
+    Longer documents are cut off; shorter ones are padded, dropped, or joined with the next by the
+    ids of `separator`, as `short` says. Those without an id are passed over. No more documents are
+    asked for than it takes.
+    """
+    rows: list[list[int]] = []
+    begins: list[int] = []
+    rest: list[int] = []  # of what is joined, its beginning in document `begun`
+    begun = 0
+    for number, ids in enumerate(documents):
+        if spec.short == "join":
+            begun = begun if rest else number
+            rest += [*separator, *ids] if rest and ids else ids
+            while len(rest) >= spec.length and len(rows) < spec.sequences:
+                rows.append(rest[: spec.length])
+                begins.append(begun)
+                rest, begun = rest[spec.length :], number
+        elif len(ids) >= (spec.length if spec.short == "drop" else 1):
+            rows.append(ids[: spec.length] + [PADDING] * (spec.length - len(ids)))
+            begins.append(number)
+        if len(rows) == spec.sequences:
+            break
+    return rows, begins
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def digest(windows: Tensor) -> str:
@@ -55,25 +95,33 @@ def _cut(ids: list[int], spec: CalibrationSpec, source: str) -> Tensor:
     return torch.tensor([ids[start : start + spec.length] for start in starts])
 
 
-def _given_ids(rows: list[Any], spec: CalibrationSpec, vocabulary: int) -> Tensor:
+def _documents(documents: Iterable[list[int]], spec: CalibrationSpec) -> Tensor:
+    rows, _ = fill(documents, spec, [])
     if len(rows) < spec.sequences:
+        long = f" of {spec.length} tokens or more" if spec.short == "drop" else ""
+        instead = f"write sequences: {len(rows)}" if rows else "give more of them"
+        raise SpecError(
+            f"calibration.sequences: {spec.sequences} are wanted, and the rows of {spec.jsonl} "
+            f"make {len(rows)}{long}: {instead}"
+        )
+    return torch.tensor(rows)
+
+
+def _given_ids(rows: list[Any], spec: CalibrationSpec, vocabulary: int) -> Tensor:
+    if len(rows) < spec.sequences and spec.short is None:
         raise SpecError(
             f"calibration.sequences: {spec.jsonl} has {len(rows)} rows: write {len(rows)} or fewer"
         )
-    for number, row in enumerate(rows[: spec.sequences], start=1):
-        if not isinstance(row, list) or len(row) < spec.length:
+    used = rows if spec.short else rows[: spec.sequences]
+    for number, row in enumerate(used, start=1):
+        if not isinstance(row, list) or (not spec.short and len(row) < spec.length):
             raise SpecError(
                 f"calibration.length: row {number} of {spec.jsonl} has fewer than "
-                f"{spec.length} token ids"
+                f"{spec.length} token ids{': write short: pad' if isinstance(row, list) else ''}"
             )
         if not all(type(token) is int and 0 <= token < vocabulary for token in row):
             raise SpecError(f"calibration.jsonl: row {number} has ids outside the vocabulary")
-    return torch.tensor([row[: spec.length] for row in rows[: spec.sequences]])
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return _documents(used, spec)
 
 
 def _read(path: Path) -> str:

@@ -29,6 +29,7 @@ class Collector:
         self._block = block
         self._index = index
         self._chunk = 0
+        self._real_T: Tensor | None = None
         self._sums: dict[int, Tree[Moments]] = {}  # by the group's number
         self._ranges: dict[int, Tree[Ranges]] = {}
         groups, chunks = plan.blocks[index].groups, plan.contract.chunks
@@ -48,6 +49,7 @@ class Collector:
         """Run one chunk through the block; chunks come in rising order."""
         self._chunk = chunk
         for inputs in batches:
+            self._real_T = inputs.real_T
             with contextlib.suppress(_AllSeenError):
                 run_block(self._block, inputs.calls[self._index], inputs.hidden_BLH)
 
@@ -74,8 +76,11 @@ class Collector:
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             collector = weak()
             assert collector is not None
+            x_TI = args[0].flatten(0, -2)
+            if collector._real_T is not None:
+                x_TI = x_TI[collector._real_T]
             for tree in trees:
-                tree.add(collector._chunk, args[0].flatten(0, -2))
+                tree.add(collector._chunk, x_TI)
             if last:
                 raise _AllSeenError
 

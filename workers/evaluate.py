@@ -1,10 +1,8 @@
 """Measure a model with lm-eval: perplexity on a local text, and any of its tasks by name."""
 
-import contextlib
 import json
-import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from jobs.spec import EvaluationSpec
 from quantcore.errors import SourceError, SpecError
+from workers.harness import quiet, task_manager
 
 TEXT_TASK = "text"  # the name of the local text's row in every report
 
@@ -45,7 +44,7 @@ def evaluate(
     # it would ask git, which complains where there is no repository
     evaluator.get_git_commit_hash = lambda: None
     device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, _quiet(), torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch, quiet(), torch.no_grad():
         tasks = list(spec.tasks)
         if text is not None:
             tasks.insert(0, _write_text_task(Path(scratch), text))
@@ -60,7 +59,7 @@ def evaluate(
         results = evaluator.simple_evaluate(
             model=wrapped,
             tasks=tasks,
-            task_manager=_task_manager(spec, Path(scratch)),
+            task_manager=task_manager(tasks, Path(scratch), spec.task_folder),
             limit=spec.limit,
             bootstrap_iters=0,
         )
@@ -92,22 +91,6 @@ def _watched_model(tell: Tell) -> Any:
     return Watched
 
 
-def unknown_tasks(spec: EvaluationSpec) -> list[str]:
-    """Task names that lm-eval has no file for."""
-    if not spec.tasks:
-        return []
-    with _quiet():
-        known = set(_task_manager(spec, None).all_tasks)
-    return [name for name in spec.tasks if name not in known]
-
-
-def _task_manager(spec: EvaluationSpec, scratch: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    folders = [str(path) for path in (scratch, spec.task_folder) if path is not None]
-    return TaskManager(include_path=folders or None, include_defaults=bool(spec.tasks))
-
-
 def read_text(spec: EvaluationSpec) -> str | None:
     """The part of the local text that is measured. Raises SourceError or SpecError."""
     if spec.text is None:
@@ -136,18 +119,3 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
         for key, value in metrics.items()
         if isinstance(value, int | float) and "stderr" not in key and key != "sample_len"
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval and datasets draw bars and log on import and on use: ours are drawn elsewhere."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with Path("/dev/null").open("w") as sink, contextlib.redirect_stderr(sink):
-            yield
-    finally:
-        logging.disable(previous)

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,8 @@ class Held:
         held = self._chunks[chunk]
         assert held.block == block, f"chunk {chunk} is at block {held.block}, not at {block}"
         for inputs in held.batches:
-            yield Inputs(self._shelf.get(inputs.hidden_BLH), inputs.calls)
+            hidden_BLH = self._shelf.get(inputs.hidden_BLH)
+            yield replace(inputs, hidden_BLH=hidden_BLH)
 
     def advance(self, chunk: int, hidden: Iterable[Tensor]) -> None:
         """A chunk's micro-batches are now these, the inputs of the next block."""
@@ -81,10 +82,10 @@ class Held:
         for chunk, packed in zip(chunks, given, strict=True):
             batches = []
             for ids_BL, data in zip(self._ids(chunk), packed.hidden, strict=True):
-                calls = self._model.calls(ids_BL)
+                calls, real_T = self._model.calls(ids_BL), self._model.real(ids_BL)
                 hidden = torch.tensor(data).view(self._plan.torch_dtype)
                 hidden_BLH = hidden.reshape(*ids_BL.shape, -1).to(self._model.device)
-                batches.append(self._shelved(Inputs(hidden_BLH, calls)))
+                batches.append(self._shelved(Inputs(hidden_BLH, calls, real_T)))
             self._chunks[chunk] = _Chunk(packed.block, batches)
         self._model.release_outside()
 
@@ -125,7 +126,7 @@ class Held:
         self._chunks.clear()
 
     def _shelved(self, inputs: Inputs) -> Inputs:
-        return Inputs(self._shelf.put(inputs.hidden_BLH), inputs.calls)
+        return replace(inputs, hidden_BLH=self._shelf.put(inputs.hidden_BLH))
 
     def _ids(self, chunk: int) -> list[Tensor]:
         """The token ids of a chunk's micro-batches."""

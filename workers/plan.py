@@ -19,6 +19,7 @@ from quantcore.gptq import GptqConfig
 from quantcore.schemes import Scheme
 from quantcore.smoothing import SEARCHED_ALPHAS, NormRule
 
+PADDING = -1  # stands in a short sequence where it has no token
 SAMPLE_TOKENS = 512  # of all the calibration tokens, to choose SmoothQuant's alpha by
 BITS_VERSION = 1  # raised by hand whenever the code would give the same job other bits
 
@@ -130,7 +131,8 @@ class Plan:
     search_range: bool
     calibration: CalibrationSpec | None
     contract: Contract
-    tokens: npt.NDArray[np.int32] | None = None  # (sequences, length): the calibration's token ids
+    # (sequences, length): the calibration's token ids, with PADDING after a short sequence's last
+    tokens: npt.NDArray[np.int32] | None = None
     statistics: tuple[dict[str, Any], ...] = ()  # what a job kept of each LinearGroup, in order
     shards: int = 1  # runs of blocks that are calibrated at once
     conditional_writes: bool = True  # of the store
@@ -167,6 +169,10 @@ class Plan:
     def alphas_tried(self, group: GroupPlan) -> int:
         """How often a group's outputs are computed to choose its smoothing by."""
         return len(self.smoothquant.alphas) if group.smoothed or group.input_factor else 1
+
+    @property
+    def padded(self) -> bool:
+        return self.tokens is not None and bool((self.tokens == PADDING).any())
 
     @property
     def keeps_statistics(self) -> bool:
