@@ -1,6 +1,7 @@
 """The same path on a CUDA device. Run with: pytest -m gpu"""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,23 @@ def test_workers_on_one_kind_give_the_same_bytes(job_file: JobFile, dtype: str) 
         run_on_gpu(job_file(f"w{n}", compute_dtype=dtype, workers={}), workers=n).store
         for n in (1, 2)
     ]
+    assert model_bytes(stores[0]) == model_bytes(stores[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_counts_nowhere(job_file: JobFile, tmp_path: Path, dtype: str) -> None:
+    """Each sixth of 40 sequences is padded; the last micro-batch has hardly a token."""
+    rows = [[2 + n] * (32 if n % 6 else 5) for n in range(38)] + [[7], [8]]
+    ids = tmp_path / "ids.jsonl"
+    ids.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    calibration = {"jsonl": str(ids), "field": "ids", "sequences": 40, "length": 32, "short": "pad"}
+    stores = []
+    for workers in (1, 2):
+        sections = {"calibration": calibration, "compute_dtype": dtype, "workers": {}}
+        result = run_on_gpu(job_file(f"w{workers}", **sections), workers)
+        assert {line["tokens"] for line in result.report["layers"]} == {sum(map(len, rows))}
+        assert {line["dropped_tokens"] for line in result.report["layers"]} == {0}
+        stores.append(result.store)
     assert model_bytes(stores[0]) == model_bytes(stores[1])
 
 

@@ -187,6 +187,7 @@ def test_the_report_says_what_it_was_calibrated_with(from_tasks: JobFile) -> Non
         "tasks": {"ships (training)": SEQUENCES},
     }
     assert {line["tokens"] for line in report["layers"]} == {count}
+    assert {line["dropped_tokens"] for line in report["layers"]} == {0}
 
 
 def test_the_store_alone_is_enough_to_go_on(from_tasks: JobFile, folder: Path) -> None:

@@ -129,6 +129,41 @@ def test_rows_of_ids_are_taken_as_they_are_in_order(jsonl: Path) -> None:
     assert token_windows(fewer, TOKENIZER).tolist() == [[9, 8, 7, 6]]
 
 
+@pytest.mark.parametrize(
+    ("short", "expected"),
+    [
+        ("pad", [[9, 8, 7], [1, -1, -1], [5, 5, 5]]),
+        ("drop", [[9, 8, 7], [5, 5, 5], [2, 3, 4]]),
+        ("join", [[9, 8, 7], [6, 1, 5], [5, 5, 5]]),
+    ],
+)
+def test_short_rows_of_ids_are_padded_dropped_or_joined(
+    jsonl: Path, short: str, expected: list[list[int]]
+) -> None:
+    rows = [[9, 8, 7, 6], [1], [], [5, 5, 5, 5], [2, 3, 4]]
+    write_rows(jsonl, [{"ids": row} for row in rows])
+    spec = CalibrationSpec(jsonl=jsonl, field="ids", sequences=3, length=3, short=short)
+    assert token_windows(spec, TOKENIZER).tolist() == expected
+    too_many = spec.model_copy(update={"sequences": 7})
+    fits = {"pad": 4, "drop": 3, "join": 4}[short]
+    with pytest.raises(SpecError, match=rf"^calibration.sequences: 7 .*: write sequences: {fits}$"):
+        token_windows(too_many, TOKENIZER)
+
+
+def test_rows_of_text_may_be_documents_in_an_order_by_the_seed(jsonl: Path) -> None:
+    write_rows(jsonl, [{"text": text} for text in ("1 2 3 4", "5", "", "6 7 8")])
+    spec = CalibrationSpec(jsonl=jsonl, sequences=3, length=3, short="pad")
+    orders = [token_windows(spec.model_copy(update={"seed": s}), TOKENIZER) for s in range(9)]
+    for windows in orders:
+        assert sorted(windows.tolist()) == [[1, 2, 3], [5, -1, -1], [6, 7, 8]]
+    assert len({str(windows) for windows in orders}) > 1
+    dropped = spec.model_copy(update={"short": "drop", "sequences": 2})
+    assert sorted(token_windows(dropped, TOKENIZER).tolist()) == [[1, 2, 3], [6, 7, 8]]
+    joined = spec.model_copy(update={"short": "join", "sequences": 2})
+    plain = spec.model_copy(update={"short": None, "sequences": 2})
+    assert torch.equal(token_windows(joined, TOKENIZER), token_windows(plain, TOKENIZER))
+
+
 def test_rows_of_text_are_one_text(jsonl: Path) -> None:
     write_rows(jsonl, [{"text": "1 2 3"}, {"text": "4 5"}])
     jsonl.write_text(jsonl.read_text() + "\n\n" + json.dumps({"text": "6"}) + "\n")
