@@ -11,6 +11,7 @@ from functools import cached_property
 
 from jobs.spec import CalibrationSpec, JobSpec
 from orchestrator.block import band_count
+from quantcore.formats import FORMATS
 from quantcore.moments import band_rows
 from quantcore.tree import fixed_tree
 from workers.architecture import Architecture
@@ -152,7 +153,9 @@ class Sizes:
         for layer in layers:
             info = self.source.tensors.get(f"{layer.name}.weight")
             if layer.scheme is not None and info is not None:
-                saved += info.num_bytes - quantized_bytes(layer, info.dtype.itemsize)
+                saved += info.num_bytes - quantized_bytes(
+                    layer, info.dtype.itemsize, self.plan.format
+                )
         return saved
 
     def squares(self, index: int) -> int:
@@ -225,10 +228,10 @@ class Sizes:
         return cover
 
 
-def quantized_bytes(layer: LayerPlan, scale_item: int) -> int:
+def quantized_bytes(layer: LayerPlan, scale_item: int, form: str) -> int:
     """A linear as it is published: codes in whole words, scales, zero points at most."""
     assert layer.scheme is not None
-    words = -(-layer.in_features * layer.scheme.bits // 32)
+    words = -(-layer.in_features * FORMATS[form].code_bits(layer.scheme) // 32)
     groups = layer.scheme.groups_of(layer.in_features)
     zero = {"none": 0, "int": _ZERO_POINTS, "float": scale_item}[layer.scheme.zero_point]
     each_row = 4 * words + groups * (scale_item + zero)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from orchestrator.machines import choose
 from orchestrator.planning import make_plan, plan_layers
 from orchestrator.sizes import Sizes, quantized_bytes
 from quantcore.errors import Fault, ResourceError, StoreError
+from quantcore.formats import FORMATS
 from quantcore.moments import moment_tree
-from quantcore.schemes import Scheme
+from quantcore.schemes import SCHEME_KINDS, Scheme, every_form
 from tests.command import quantfleet
 from tests.samples import architecture, job_spec
 from workers.architecture import Architecture
@@ -289,22 +290,25 @@ def test_a_plain_rounding_is_predicted_as_well() -> None:
     assert fault.message == "only 4 workers can share these blocks: write count: 4"
 
 
-@pytest.mark.parametrize("zero_point", ["none", "int"])
-@pytest.mark.parametrize("size", [None, 32, 128])
-def test_a_quantized_linear_is_no_larger_than_predicted(
-    zero_point: Literal["none", "int"], size: int | None
-) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "scheme",
+    [scheme for name in SCHEME_KINDS for scheme in every_form(name, [32, 128])],
+    ids=Scheme.label,
+)
+def test_a_quantized_linear_is_no_larger_than_predicted(scheme: Scheme, form: str) -> None:
     from quantcore.affine import choose_qparams, quantize
-    from quantcore.formats import FORMATS, QuantizedLinear
+    from quantcore.formats import QuantizedLinear
 
+    if FORMATS[form].refusal("Linear", scheme):
+        return
     w_OI = torch.randn(72, 384)
-    scheme = Scheme(name="int4", group_size=size, zero_point=zero_point)
     qparams = choose_qparams(w_OI, scheme, stored=torch.bfloat16)
     linear = QuantizedLinear(quantize(w_OI, qparams, scheme), qparams, scheme)
-    tensors = FORMATS["compressed-tensors"].encode(linear, torch.bfloat16)
+    tensors = FORMATS[form].encode(linear, torch.bfloat16)
     actual = sum(tensor.nbytes for tensor in tensors.values())
     layer = LayerPlan(name="l", out_features=72, in_features=384, scheme=scheme, method="rtn")
-    assert actual <= quantized_bytes(layer, 2) <= 1.2 * actual + 3 * 256
+    assert actual <= quantized_bytes(layer, 2, form) <= 1.2 * actual + 3 * 256
 
 
 def test_check_shows_what_is_predicted(job_file: Callable[..., Path]) -> None:

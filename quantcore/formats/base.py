@@ -51,6 +51,8 @@ class Format:
     fused: tuple[frozenset[str], ...]
     # whether a linear's inputs may be divided by a factor of their own
     input_factors: bool
+    # of one weight as stored
+    code_bits: Callable[[Scheme], int]
     # tensors by their name after the module's, scales in the dtype given
     encode: Callable[[QuantizedLinear, torch.dtype], dict[str, Tensor]]
     # the weight that an engine would compute with, from the stored bytes and in_features: float32

@@ -154,6 +154,7 @@ FORMAT = Format(
         frozenset({"gate_proj", "up_proj"}),
     ),
     input_factors=False,
+    code_bits=lambda scheme: scheme.bits if _storage(scheme) == _PACKED else 8,
     encode=_encode,
     decode=_decode,
     config=_config,

@@ -113,6 +113,7 @@ FORMAT = Format(
     refusal_together=lambda schemes: None,
     fused=(),
     input_factors=True,
+    code_bits=lambda scheme: scheme.bits,
     encode=encode,
     decode=_decode,
     config=_config,
