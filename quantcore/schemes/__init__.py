@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantcore.schemes import float8, int4, int8
+from quantcore.schemes import float8, int4, int8, int8_dynamic_int4
 from quantcore.schemes.kind import (
     Activations,
     FloatGrid,
@@ -19,6 +19,7 @@ SCHEME_KINDS: dict[str, SchemeKind] = {
     "int8": int8.WEIGHT_ONLY,
     "int8_dynamic": int8.DYNAMIC,
     "int8_static": int8.STATIC,
+    "int8_dynamic_int4": int8_dynamic_int4.KIND,
     "float8": float8.WEIGHT_ONLY,
     "float8_dynamic": float8.DYNAMIC,
     "float8_static": float8.STATIC,
