@@ -75,6 +75,7 @@ def test_a_job_that_died_goes_on_to_the_same_bytes(job_file: JobFile, task: str)
         {"scheme": "float8_dynamic"},
         {"scheme": "float8_dynamic", "group_size": "tensor"},
         {"scheme": "float8_static"},
+        {"scheme": "int8_dynamic_int4"},
     ],
     ids=str,
 )
