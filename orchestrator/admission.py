@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orchestrator.block import band_count
 from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
-from workers.plan import SAMPLE_TOKENS, GroupPlan
+from workers.plan import RUN_WEIGHTS, SAMPLE_TOKENS, GroupPlan, Plan
 
 MIB = 2**20
 GIB = 2**30
@@ -176,13 +176,12 @@ def _block_phases(sizes: Sizes, index: int) -> Phases:
 def _solve(sizes: Sizes, index: int) -> Parts:
     """The LinearGroup of a block that takes most."""
     groups = [group for group in sizes.plan.blocks[index].groups if group.quantized()]
-    height = sizes.plan.contract.row_tile
     candidates: list[Parts] = [{}]
     for group in groups:
         rows = sum(layer.out_features for layer in group.quantized())
         square = FLOAT32 * group.in_features**2 if sizes.plan.summed(group) else 0
         sampled = 4 * sizes.sample(group) * (1 + rows // max(group.in_features, 1))
-        tile = FLOAT32 * group.in_features * min(rows, height)
+        tile = FLOAT32 * group.in_features * min(rows, _height(sizes.plan, group))
         stored = sum(
             sizes.source.tensors[f"{layer.name}.weight"].num_bytes
             for layer in group.quantized()
@@ -201,6 +200,14 @@ def _solve(sizes: Sizes, index: int) -> Parts:
             }
         )
     return max(candidates, key=_total)
+
+
+def _height(plan: Plan, group: GroupPlan) -> int:
+    """Rows that are solved together: on an accelerator, tiles that meet."""
+    height = plan.contract.row_tile
+    if plan.contract.kind["device"] == "cpu":
+        return height
+    return max(height, RUN_WEIGHTS // group.in_features)
 
 
 def received_bytes(sizes: Sizes, group: GroupPlan) -> int:
@@ -267,14 +274,23 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
         worst: Phases = {}
         for index in range(len(sizes.plan.blocks)):
             block, found = sizes.block_computing(index), _block_phases(sizes, index)
+            held = sizes.block_stored(index)  # once more where the compute dtype is the same
             shapes = {
                 "collect": {
-                    "block": block,
+                    "block": held + block + sizes.block_published(index),
                     "hessians": found["collect"]["hessians"],
                     "products": found["collect"]["products"],
                 },
-                "solve": {"solve": found["solve"].get("solve", 0)},
-                "advance": {"block": 2 * block, "products": found["advance"]["products"]},
+                "solve": {
+                    "block": held + sizes.block_published(index),
+                    "hessians": sizes.squares(index),
+                    "solve": found["solve"].get("solve", 0),
+                    "codes": 2 * weights_of(sizes.plan.blocks[index]),
+                },
+                "advance": {
+                    "block": held + 2 * block + sizes.block_published(index),
+                    "products": found["advance"]["products"],
+                },
             }
             if "boundary" in found:
                 parts = found["boundary"]

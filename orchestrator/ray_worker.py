@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
 from quantcore.errors import ResourceError
+from workers.parcels import packed, unpacked
 from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
@@ -47,8 +48,10 @@ class RayWorker:
                 summary: dict[str, Any] = {"missing": missing}
                 results: tuple[Any, ...] = (None,) * parts
             else:
-                outcome = self._worker.run(task, given)
-                summary, results = outcome.summary, outcome.parts
+                device = self._worker.device
+                outcome = self._worker.run(task, tuple(unpacked(part, device) for part in given))
+                summary = outcome.summary
+                results = tuple(packed(part) for part in outcome.parts)
         except Exception as error:
             summary, results = {"failure": described(error)}, (None,) * parts
         finally:

@@ -92,7 +92,7 @@ def _bands(sums: Tree[Moments], count: int) -> Iterator[BandMoments]:
     for first, last in band_rows(width, count):
         nodes = {
             span: (
-                moments.sum_II[first:last, :last].cpu().numpy(),
+                moments.sum_II[first:last, :last],
                 moments.tokens,
                 moments.dropped,
             )
@@ -105,9 +105,9 @@ def _packed(ranges: Tree[Ranges]) -> InputRanges:
     return InputRanges(
         {
             span: (
-                node.low_I.cpu().numpy(),
-                node.high_I.cpu().numpy(),
-                node.sample_SI.cpu().numpy(),
+                node.low_I,
+                node.high_I,
+                node.sample_SI,
                 node.tokens,
                 node.dropped,
             )

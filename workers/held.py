@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -83,8 +81,8 @@ class Held:
             batches = []
             for ids_BL, data in zip(self._ids(chunk), packed.hidden, strict=True):
                 calls, real_T = self._model.calls(ids_BL), self._model.real(ids_BL)
-                hidden = torch.tensor(data).view(self._plan.torch_dtype)
-                hidden_BLH = hidden.reshape(*ids_BL.shape, -1).to(self._model.device)
+                hidden = data.to(self._model.device).view(self._plan.torch_dtype)
+                hidden_BLH = hidden.reshape(*ids_BL.shape, -1)
                 batches.append(self._shelved(Inputs(hidden_BLH, calls, real_T)))
             self._chunks[chunk] = _Chunk(packed.block, batches)
         self._model.release_outside()
@@ -93,11 +91,11 @@ class Held:
         for chunk in chunks:
             held = self._chunks[chunk]
             assert held.block == block
-            arrays = _packed(held).hidden
-            tensors = {str(number): torch.from_numpy(data) for number, data in enumerate(arrays)}
+            batches = _packed(held).hidden
+            tensors = {str(number): data for number, data in enumerate(batches)}
             with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
                 file = Path(scratch) / "chunk.safetensors"
-                save_file(tensors, file, metadata={"sha256": _digest(arrays)})
+                save_file(tensors, file, metadata={"sha256": _digest(batches)})
                 store.put_file(kept_name(block, chunk), file)
 
     def load(self, store: Store, block: int, chunks: Iterable[int]) -> None:
@@ -108,15 +106,15 @@ class Held:
                 file = Path(scratch) / "chunk.safetensors"
                 store.get_file(name, file)
                 try:
-                    with safe_open(file, framework="np") as kept:
+                    with safe_open(file, framework="pt") as kept:
                         count = len(kept.keys())
-                        arrays = tuple(kept.get_tensor(str(number)) for number in range(count))
+                        batches = tuple(kept.get_tensor(str(number)) for number in range(count))
                         digest = (kept.metadata() or {}).get("sha256")
                 except SafetensorError:
-                    arrays, digest = (), None
-            if digest != _digest(arrays):
+                    batches, digest = (), None
+            if digest != _digest(batches):
                 raise StoreError(f"{store.url}: {name} is not what was kept: delete {KEPT}/ there")
-            self.take([chunk], [HeldChunk(block, arrays)])
+            self.take([chunk], [HeldChunk(block, batches)])
 
     def drop(self, chunks: Iterable[int]) -> None:
         for chunk in chunks:
@@ -139,16 +137,14 @@ class Held:
 
 def pack(block: int, hidden: Iterable[Tensor]) -> HeldChunk:
     """Micro-batches of hidden states as bytes, to be sent."""
-    arrays = (
-        hidden_BLH.cpu().contiguous().flatten().view(torch.uint8).numpy() for hidden_BLH in hidden
-    )
-    return HeldChunk(block, tuple(arrays))
+    batches = (h_BLH.cpu().contiguous().flatten().view(torch.uint8) for h_BLH in hidden)
+    return HeldChunk(block, tuple(batches))
 
 
-def _digest(arrays: Iterable[npt.NDArray[np.uint8]]) -> str:
+def _digest(batches: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
-    for data in arrays:
-        digest.update(data.data)
+    for data in batches:
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

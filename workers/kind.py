@@ -46,6 +46,11 @@ def device_count(device: str) -> int:
     return len(os.sched_getaffinity(0))
 
 
+def cores_beside(device: str) -> int:
+    """The cores that fall to each of this machine's accelerators."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, device_count(device)))
+
+
 @functools.cache
 def cpu_flops() -> dict[str, float]:
     """Operations a second of matrix products on one core, by dtype; measured in a moment."""

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,11 +32,14 @@ Encoded = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 def publish(
     store: Store, key: str, tensors: Mapping[str, Tensor], layers: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Write one file and its record; the record that stands, which may be another worker's."""
+) -> tuple[dict[str, Any], str]:
+    """Write one file and its record.
+
+    The record that stands, which may be another worker's, and the SHA-256 of this one's file.
+    """
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, local, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
@@ -54,8 +56,8 @@ def publish(
         "layers": layers,
     }
     if store.put_if_absent(record_name(key), json.dumps(record, indent=1).encode()):
-        return record
-    return read_record(store, key)
+        return record, sha256
+    return read_record(store, key), sha256
 
 
 def read_record(store: Store, key: str) -> dict[str, Any]:
@@ -66,26 +68,33 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     return record
 
 
-def published_weights(store: Store, key: str, plan: Plan, block: int) -> dict[str, Tensor]:
-    """The weights of a published block that are new, by checkpoint name, from its very bytes.
-
-    Quantized ones are dequantized; the norms that SmoothQuant changed are as they stand.
-    """
-    record = read_record(store, key)
+def published_tensors(store: Store, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A published file's tensors. Raises StoreError if it is not what its record tells of."""
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
         store.get_file(record["file"], local)
         if hash_file(local) != (record["sha256"], record["size"]):
             raise StoreError(f"{store.url}: {record['file']} is not what was published")
-        tensors = load_file(local)
+        tensors: dict[str, Tensor] = load_file(local)
+        return tensors
+
+
+def decoded_weights(
+    tensors: Mapping[str, Tensor], plan: Plan, block: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The weights of a published block that are new, by checkpoint name, in the compute dtype.
+
+    Quantized ones are dequantized; the norms that SmoothQuant changed are as they stand.
+    """
     form = FORMATS[plan.format]
     norms = [name for norm in plan.blocks[block].smoothed() for name in norm.tensors()]
-    weights = {name: tensors[name] for name in norms}
+    weights = {name: tensors[name].to(device) for name in norms}
     for layer in plan.blocks[block].quantized():
         assert layer.scheme is not None
         own = f"{layer.name}."
-        parts = {n.removeprefix(own): t for n, t in tensors.items() if n.startswith(own)}
-        weights[f"{own}weight"] = form.decode(parts, layer.scheme, layer.in_features)
+        parts = {n.removeprefix(own): t.to(device) for n, t in tensors.items() if n.startswith(own)}
+        w_OI = form.decode(parts, layer.scheme, layer.in_features)
+        weights[f"{own}weight"] = w_OI.to(plan.torch_dtype)
     return weights
 
 
@@ -100,35 +109,33 @@ def encode_solved(
         by_group.setdefault(result.group, []).append(result)
     for index, group in enumerate(groups):
         for name, values_I in by_group[index][0].norm.items() if index in by_group else ():
-            tensors[name] = torch.tensor(values_I).to(source.tensors[name].dtype)
+            tensors[name] = values_I.to(source.tensors[name].dtype)
         for number, stack in enumerate(group.stacks()):
             tiles = sorted(
                 (tile for part in by_group[index] for tile in part.tiles if tile.stack == number),
                 key=lambda tile: tile.first_row,
             )
-            codes_OI = np.concatenate([tile.codes_OI for tile in tiles])
-            scale_OG = np.concatenate([tile.scale_OG for tile in tiles])
-            zero_OG = np.concatenate([tile.zero_OG for tile in tiles])
-            error_O = np.concatenate([tile.error_O for tile in tiles])
-            output_O = np.concatenate([tile.output_O for tile in tiles])
+            codes_OI = torch.cat([tile.codes_OI for tile in tiles])
+            scale_OG = torch.cat([tile.scale_OG for tile in tiles])
+            zero_OG = torch.cat([tile.zero_OG for tile in tiles])
+            error_O = torch.cat([tile.error_O for tile in tiles])
+            output_O = torch.cat([tile.output_O for tile in tiles])
             first = 0
             for layer in stack:
                 assert layer.scheme is not None
                 rows = slice(first, first + layer.out_features)
                 first += layer.out_features
-                qparams = Qparams(torch.tensor(scale_OG[rows]), torch.tensor(zero_OG[rows]))
                 served = by_group[index][0]
-                factor_I = served.input_factor_I
                 linear = QuantizedLinear(
-                    torch.tensor(codes_OI[rows]),
-                    qparams,
+                    codes_OI[rows],
+                    Qparams(scale_OG[rows], zero_OG[rows]),
                     layer.scheme,
                     served.input_scale if layer.scheme.static else None,
-                    None if factor_I is None else torch.tensor(factor_I),
+                    served.input_factor_I,
                 )
                 tensors |= _encoded(plan, layer, linear, source)
-                total = output_O[rows].sum()
-                relative = math.sqrt(error_O[rows].sum() / total) if total > 0 else None
+                error, total = error_O[rows].sum().item(), output_O[rows].sum().item()
+                relative = math.sqrt(error / total) if total > 0 else None
                 facts = _facts_of(plan, layer, by_group[index][0].facts)
                 lines.append(report_line(layer, facts, relative))
     return tensors, lines

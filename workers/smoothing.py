@@ -14,7 +14,6 @@ from quantcore.ranges import Ranges
 from quantcore.smoothing import FoldedNorm, Reader, Smoothing, factors, fold, input_scale, search
 from workers.plan import GroupPlan, Norm, Plan
 from workers.sources import ModelSource
-from workers.tasks import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +23,13 @@ class GroupInputs:
     ranges: Ranges  # before smoothing
     alpha: float | None
     factor_I: Tensor  # float32; ones where nothing is smoothed
-    norm: dict[str, FloatArray]  # the norm's new tensors by name, in values that it can store
+    norm: dict[str, Tensor]  # the norm's new tensors by name, in values that it can store
     scale: float | None  # of static activations
 
 
 def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSource) -> GroupInputs:
     smoothing = Smoothing(None, torch.ones_like(ranges.low_I))
-    norm: dict[str, FloatArray] = {}
+    norm: dict[str, Tensor] = {}
     if group.smoothed is not None:
         smoothing, norm = _into_norm(plan, group, group.smoothed, ranges, source)
     elif group.input_factor:
@@ -47,7 +46,7 @@ def smooth_group(plan: Plan, group: GroupPlan, ranges: Ranges, source: ModelSour
 
 def _into_norm(
     plan: Plan, group: GroupPlan, norm: Norm, ranges: Ranges, source: ModelSource
-) -> tuple[Smoothing, dict[str, FloatArray]]:
+) -> tuple[Smoothing, dict[str, Tensor]]:
     device, readers = ranges.low_I.device, _readers(group, ranges, source)
     stored = {name: tensor.to(device) for name, tensor in source.read(norm.tensors())}
 
@@ -62,7 +61,7 @@ def _into_norm(
     new = {f"{norm.name}.weight": became.weight_I}
     if became.bias_I is not None:
         new[f"{norm.name}.bias"] = became.bias_I
-    return chosen, {name: tensor.float().cpu().numpy() for name, tensor in new.items()}
+    return chosen, new
 
 
 def _readers(group: GroupPlan, ranges: Ranges, source: ModelSource) -> list[Reader]:

@@ -4,6 +4,7 @@ A fallback is decided here and written down here: a Hessian that no damping make
 plain rounding for its linears, and the report says so.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from quantcore.affine import choose_qparams, dequantize, quantize, search_qparam
 from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
 from quantcore.schemes import Scheme
-from workers.plan import LayerPlan, Plan
+from workers.plan import RUN_WEIGHTS, LayerPlan, Plan
 from workers.smoothing import GroupInputs, smooth_group
 from workers.sources import ModelSource
 from workers.statistics import GroupStatistics
@@ -46,17 +47,33 @@ def solve_group(
         stack = stacks[number]
         w_OI = stacked_weights(stack, source)
         largest = _largest(w_OI, stack[0].scheme, known)
-        rows = plan.row_tiles(stack)
-        for _, tile in (pair for pair in task.tiles if pair[0] == number):
-            first, last = rows[tile]
+        rows = [plan.row_tiles(stack)[tile] for stack_, tile in task.tiles if stack_ == number]
+        for first, last in _runs(rows, w_OI.shape[1], device):
             part_OI = w_OI[first:last].to(device)
             tiles.append(_solve_tile(plan, stack[0], (number, first), part_OI, known, largest))
     inputs = known.inputs
     if inputs is None:
         return SolvedGroup(task.group, tuple(tiles), facts)
     stays = plan.blocks[task.block].groups[task.group].input_factor and inputs.alpha is not None
-    factor_I = inputs.factor_I.cpu().numpy() if stays else None
+    factor_I = inputs.factor_I if stays else None
     return SolvedGroup(task.group, tuple(tiles), facts, inputs.norm, inputs.scale, factor_I)
+
+
+def _runs(
+    rows: list[tuple[int, int]], width: int, device: torch.device
+) -> Iterator[tuple[int, int]]:
+    """Tiles of rows, on an accelerator joined where they meet: its kernels' bits do not hang on it.
+
+    A product on a CPU may round by its height, so there every tile is solved by itself.
+    """
+    joined: list[tuple[int, int]] = []
+    for first, last in rows:
+        begin, end = joined[-1] if joined else (0, -1)
+        if device.type != "cpu" and end == first and (last - begin) * width <= RUN_WEIGHTS:
+            joined[-1] = (begin, last)
+        else:
+            joined.append((first, last))
+    return iter(joined)
 
 
 def _learn(
@@ -130,11 +147,11 @@ def _solve_tile(
     error_O, output_O = _errors(w_OI.float(), dequantize(codes_OI, qparams, scheme), scheme, known)
     return SolvedTile(
         *place,
-        codes_OI.cpu().numpy(),
-        qparams.scale_OG.cpu().numpy(),
-        qparams.zero_OG.cpu().numpy(),
-        error_O.clamp(min=0).cpu().numpy(),
-        output_O.clamp(min=0).cpu().numpy(),
+        codes_OI,
+        qparams.scale_OG,
+        qparams.zero_OG,
+        error_O.clamp(min=0),
+        output_O.clamp(min=0),
     )
 
 
@@ -157,6 +174,13 @@ def _errors(
             error_SO.square().sum(0, dtype=torch.float64),
             y_SO.square().sum(0, dtype=torch.float64),
         )
-    delta_OI = w_OI - rounded_OI
-    error_O = ((delta_OI @ h_II) * delta_OI).sum(1, dtype=torch.float64)
-    return error_O, ((w_OI @ h_II) * w_OI).sum(1, dtype=torch.float64)
+    return _energy(w_OI - rounded_OI, h_II), _energy(w_OI, h_II)
+
+
+def _energy(w_OI: Tensor, h_II: Tensor) -> Tensor:
+    """w H w^T of each row, float64. On an accelerator by 16-bit products: it is only told of."""
+    if w_OI.device.type == "cpu":
+        product_OI = w_OI @ h_II
+    else:
+        product_OI = (w_OI.bfloat16() @ h_II.bfloat16()).float()
+    return (product_OI * w_OI).sum(1, dtype=torch.float64)

@@ -39,8 +39,8 @@ class GroupStatistics:
 def reduce_band(collected: Iterable[BandMoments], chunks: int) -> BandMoments:
     """All workers' sums for one row band, added up along the fixed tree."""
     bands = list(collected)
-    moments = total(_nodes(bands, torch.device("cpu")), chunks)
-    whole = (moments.sum_II.numpy(), moments.tokens, moments.dropped)
+    moments = total(_nodes(bands), chunks)
+    whole = (moments.sum_II, moments.tokens, moments.dropped)
     return BandMoments(bands[0].first_row, {(0, chunks): whole})
 
 
@@ -116,6 +116,8 @@ def _whole_moments(bands: Iterable[BandMoments], chunks: int, device: torch.devi
     for part in bands:
         by_row.setdefault(part.first_row, []).append(part)
     totals = {row: total(_nodes(parts, device), chunks) for row, parts in by_row.items()}
+    if len(totals) == 1:
+        return totals[0]
     width = max(band.sum_II.shape[1] for band in totals.values())
     sum_II = torch.zeros(width, width, device=device)
     for row, band in totals.items():
@@ -128,14 +130,14 @@ def _whole_ranges(parts: Iterable[InputRanges], chunks: int, device: torch.devic
     nodes: dict[Span, Ranges] = {}
     for part in parts:
         for span, (low_I, high_I, sample_SI, tokens, dropped) in part.nodes.items():
-            low, high, sample = (torch.tensor(a, device=device) for a in (low_I, high_I, sample_SI))
+            low, high, sample = (one.to(device) for one in (low_I, high_I, sample_SI))
             nodes[span] = Ranges(low, high, sample, rows=0, tokens=tokens, dropped=dropped)
     return total(nodes, chunks)
 
 
-def _nodes(parts: Iterable[BandMoments], device: torch.device) -> dict[Span, Moments]:
+def _nodes(parts: Iterable[BandMoments], device: torch.device | None = None) -> dict[Span, Moments]:
     return {
-        span: Moments(torch.tensor(sum_RI, device=device), tokens, dropped)
+        span: Moments(sum_RI.to(device), tokens, dropped)
         for part in parts
         for span, (sum_RI, tokens, dropped) in part.nodes.items()
     }

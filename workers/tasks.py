@@ -1,15 +1,15 @@
 """The work there is, as plain data. A task says what to do; `Worker.run` says how.
 
 Tasks travel between machines, so they hold names and numbers alone. Tensors go from task to task
-as numbered parts of a result, which the driver only ever points at. Tasks that publish name the
+as numbered parts of a result, which the driver only ever points at: where they were made, within
+a process, and as arrays between processes (parcels.py). Tasks that publish name the
 epoch of the driver that asks (orchestrator/lease.py): once there is a later one, they refuse.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from torch import Tensor
 
 from jobs.spec import EvaluationSpec
 from quantcore.tree import Span
@@ -206,15 +206,13 @@ Task = (
     | Evaluate
 )
 
-FloatArray = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class HeldChunk:
-    """A chunk's hidden states as the input of a block: one array of bytes per micro-batch."""
+    """A chunk's hidden states as the input of a block: the bytes of each micro-batch."""
 
     block: int
-    hidden: tuple[npt.NDArray[np.uint8], ...]
+    hidden: tuple[Tensor, ...]  # uint8
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +223,7 @@ class BandMoments:
     """
 
     first_row: int
-    nodes: dict[Span, tuple[FloatArray, int, int]]  # sum of x x^T, tokens, dropped tokens
+    nodes: dict[Span, tuple[Tensor, int, int]]  # sum of x x^T, tokens, dropped tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +231,7 @@ class InputRanges:
     """Some nodes of the fixed tree: the ranges of one LinearGroup's inputs, and sampled tokens."""
 
     # lowest, highest, sample, tokens, dropped tokens
-    nodes: dict[Span, tuple[FloatArray, FloatArray, FloatArray, int, int]]
+    nodes: dict[Span, tuple[Tensor, Tensor, Tensor, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +240,11 @@ class SolvedTile:
 
     stack: int
     first_row: int
-    codes_OI: npt.NDArray[np.int8]
-    scale_OG: FloatArray
-    zero_OG: npt.NDArray[np.int8]
-    error_O: npt.NDArray[np.float64]  # per row: its output's squared error, however many tokens
-    output_O: npt.NDArray[np.float64]  # per row: the output itself, squared, over the same tokens
+    codes_OI: Tensor  # int8
+    scale_OG: Tensor  # float32
+    zero_OG: Tensor  # int8; a float zero point: float32
+    error_O: Tensor  # float64, per row: its output's squared error, however many tokens
+    output_O: Tensor  # float64, per row: the output itself, squared, over the same tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +252,9 @@ class SolvedGroup:
     group: int
     tiles: tuple[SolvedTile, ...]
     facts: dict[str, Any]  # damping, fallback, tokens, dropped, silent inputs, alpha
-    norm: dict[str, FloatArray] = field(default_factory=dict)  # a smoothed group's, by name
+    norm: dict[str, Tensor] = field(default_factory=dict)  # a smoothed group's, by name
     input_scale: float | None = None  # of a static scheme
-    input_factor_I: FloatArray | None = None  # that no norm took
+    input_factor_I: Tensor | None = None  # that no norm took
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantcore.errors import LeaseError, ResourceError
 from workers.blocks import BlockModel, run_block
@@ -15,13 +15,22 @@ from workers.capacity import peak_bytes
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
 from workers.held import Held, pack
-from workers.kind import make_repeatable, matmul_flops
+from workers.kind import cores_beside, make_repeatable, matmul_flops
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
 from workers.plan import MIXED, GroupPlan, Plan
 from workers.probing import probe_block
-from workers.publish import Encoded, encode_rounded, encode_solved, publish, published_weights
+from workers.publish import (
+    Encoded,
+    decoded_weights,
+    encode_rounded,
+    encode_solved,
+    publish,
+    published_tensors,
+    read_record,
+)
+from workers.resident import ResidentSource
 from workers.solving import solve_group
-from workers.sources import open_source
+from workers.sources import ModelSource, open_source
 from workers.statistics import GroupStatistics, keep, load, reduce_band, whole
 from workers.store import STORE_PATIENCE_S, open_store
 from workers.survey import survey
@@ -59,18 +68,24 @@ class Worker:
     def __init__(self, plan: Plan, device: str, tell: Tell = lambda done, total: None) -> None:
         make_repeatable(plan.contract.threads)
         self._plan = plan
-        self._device = torch.device(device)
-        self._source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
+        self.device = torch.device(device)
+        source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
+        self._source: ModelSource = source
+        self._threads = plan.contract.threads
+        if self.device.type != "cpu":
+            self._source = ResidentSource(source, self.device)
+            self._threads = cores_beside(self.device.type)
         conditional = plan.conditional_writes
         self._store = open_store(
             plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S
         )
-        self._model = BlockModel(self._source, plan.torch_dtype, self._device)
+        self._model = BlockModel(self._source, plan.torch_dtype, self.device)
         self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # published: SHA-256, tensors
         self._tell = tell
         mixed = plan.contract.kind == MIXED  # else all are as fast as each other, till it shows
-        self.speed = matmul_flops(self._device, plan.torch_dtype) if mixed else 1.0
+        self.speed = matmul_flops(self.device, plan.torch_dtype) if mixed else 1.0
 
     def run(self, task: Task, inputs: tuple[Any, ...] = ()) -> Outcome:
         """Do one task. `inputs` are the parts of earlier results that it was promised.
@@ -85,24 +100,27 @@ class Worker:
         while True:
             try:
                 outcome = self._run(task, inputs)
-                peak = {"peak_bytes": peak_bytes(self._device)}
+                peak = {"peak_bytes": peak_bytes(self.device)}
                 return Outcome({**outcome.summary, **spilled, **peak}, outcome.parts)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 why = str(error)
             # outside the handler, whose traceback holds on to the tensors of the attempt
             self._source_blocks.clear()
+            self._latest = ("", {})
+            if isinstance(self._source, ResidentSource):
+                self._source.release()
             place = self._held.spill()
             if place is None:
                 kind = type(task).__name__
-                raise ResourceError(f"{self._device} ran out of memory in {kind}: {why}")
+                raise ResourceError(f"{self.device} ran out of memory in {kind}: {why}")
             spilled = {"spilled": place}
-            if self._device.type != "cpu":
+            if self.device.type != "cpu":
                 torch.accelerator.empty_cache()
 
     def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911, PLR0912 - a table
         match task:
             case Survey(names):
-                return Outcome({"hashes": survey(self._source, names)})
+                return Outcome({"hashes": survey(self._source, names, self._threads)})
             case Probe():
                 return Outcome({"probe": probe_block(self._plan, self._model, task)})
             case Embed(chunks):
@@ -132,9 +150,10 @@ class Worker:
             case Reduce():
                 return Outcome({}, (reduce_band(inputs, self._plan.contract.chunks),))
             case Solve():
-                known = whole(inputs, self._plan.contract.chunks, self._device)
+                self._hold(task.block)
+                known = whole(inputs, self._plan.contract.chunks, self.device)
                 return Outcome(
-                    {}, (solve_group(self._plan, task, known, self._source, self._device),)
+                    {}, (solve_group(self._plan, task, known, self._source, self.device),)
                 )
             case Save(block, number):
                 known = whole(inputs, self._plan.contract.chunks, torch.device("cpu"))
@@ -160,9 +179,16 @@ class Worker:
             case Evaluate():
                 return self._evaluate(task)
 
+    def _hold(self, index: int) -> None:
+        """Have a block's weights on an accelerator, and the next block's on their way."""
+        if isinstance(self._source, ResidentSource):
+            later = self._model.block_tensors(index + 1) if index + 1 < len(self._model) else ()
+            self._source.hold(self._model.block_tensors(index), later)
+
     def _collect(self, task: Collect) -> Outcome:
+        self._hold(task.block)
         block, prefix = self._model.block(task.block), self._model.prefix(task.block)
-        collector = Collector(block, prefix, self._plan, task.block, self._device)
+        collector = Collector(block, prefix, self._plan, task.block, self.device)
         for chunk in sorted(task.chunks):
             collector.run(chunk, self._held.at(chunk, task.block))
         return Outcome({}, collector.parts(task.bands))
@@ -183,13 +209,13 @@ class Worker:
         for number, group in enumerate(groups):
             if not group.quantized():
                 continue
-            known = load(kept, plan.statistics[first + number], self._device)
+            known = load(kept, plan.statistics[first + number], self.device)
             known = GroupStatistics(
                 known.moments if plan.summed(group) else None,
                 known.ranges if plan.ranged(group) else None,
             )
             whole_group = Solve(task.block, number, plan.tiles(group))
-            solved.append(solve_group(plan, whole_group, known, self._source, self._device))
+            solved.append(solve_group(plan, whole_group, known, self._source, self.device))
         encoded = encode_solved(plan, groups, solved, self._source)
         names = self._model.block_tensors(task.block)
         return self._put(task.epoch, block_key(task.block), encoded, names)
@@ -201,13 +227,20 @@ class Worker:
         tensors, lines = encoded
         replaced = {f"{line['layer']}.weight" for line in lines} | tensors.keys()
         kept = dict(self._source.read(name for name in names if name not in replaced))
-        return Outcome({"record": publish(self._store, key, {**kept, **tensors}, lines)})
+        whole_block = {**kept, **tensors}
+        record, own_sha256 = publish(self._store, key, whole_block, lines)
+        self._latest = (own_sha256, whole_block)
+        return Outcome({"record": record})
 
     def _advance(self, task: Advance) -> Outcome:
         index = task.block
         weights = {}
         if task.published:
-            weights = published_weights(self._store, block_key(index), self._plan, index)
+            record = read_record(self._store, block_key(index))
+            sha256, tensors = self._latest
+            if sha256 != record["sha256"]:
+                tensors = published_tensors(self._store, record)
+            weights = decoded_weights(tensors, self._plan, index, self.device)
         block = self._model.block(index, replace=weights)
         for chunk in task.chunks:
             if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
@@ -246,6 +279,6 @@ class Worker:
             model = rounded(self._source, dtype, self._plan)
         else:
             model, tokenizer = stored_artifact(self._store, dtype)
-        model = model.to(self._device)
+        model = model.to(self.device)
         metrics = evaluate(model, tokenizer, task.spec, task.text, self._tell)
         return Outcome({"metrics": metrics})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantcore.affine import Qparams, dequantize
 from quantcore.formats.base import Format, QuantizedLinear, int8_codes, scale_of_rows
+from quantcore.formats.words import pack_words
 from quantcore.schemes import FloatGrid, Grid, Scheme
 
 _PACKED = "pack-quantized"
@@ -58,7 +59,7 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
             plain["input_scale"] = torch.tensor([linear.input_scale], dtype=scale_dtype)
         return plain
     tensors = {
-        "weight_packed": pack_to_int32(linear.codes_OI, scheme.bits).contiguous(),
+        "weight_packed": pack_words(linear.codes_OI, scheme.bits),
         "weight_scale": scale_OG,
         "weight_shape": torch.tensor(linear.codes_OI.shape, dtype=torch.int64),
     }
