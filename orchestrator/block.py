@@ -1,19 +1,20 @@
 """One block on its way from collected moments to its published file.
 
     collect (every chunk once) -> reduce (wide groups, by row bands) -> solve (by row tiles)
-        -> save (statistics, where they are to be kept) -> publish
+        -> save (statistics, where they are to be kept) -> publish -> settle
 
-Results stay where they were made until the block is published, so that whatever is lost on the
-way is made again from what is not.
+Once it is solved, chunks pass it and the next block begins, while one worker writes it. Results
+stay where they were made until the block stands in the store, so that whatever is lost on the way
+is made again from what is not.
 """
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.scheduler import Assignment, Part
 from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
-from workers.tasks import Collect, Publish, Reduce, Round, Save, Solve, Task
+from workers.tasks import Collect, Publish, Reduce, Round, Save, Settle, Solve, Task
 
 BAND_BYTES = 32 * 2**20  # Hessians from here on are reduced in bands, one for each worker
 MOST_BAND_BYTES = 256 * 2**20
@@ -34,23 +35,25 @@ class Step:
         return self.running is None and self.done is None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class BlockWork:
     plan: Plan
     index: int
     hands: int  # workers to spread over: decides pieces and bands, and no bit of the result
     epoch: int  # of the driver
+    serial: Iterator[int] = field(default_factory=itertools.count)  # for assignments' names
     collects: list[Step] = field(default_factory=list)
     reduces: dict[tuple[int, int], Step] = field(default_factory=dict)  # by group and band
     solves: list[Step] = field(default_factory=list)
     saves: list[Step] = field(default_factory=list)
     publish: Step = field(init=False)
+    settle: Step = field(init=False)
     _bands: tuple[int, ...] = ()
     _ranged: list[int] = field(default_factory=list)  # the groups whose ranges are wanted
-    _serial: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         groups = self.plan.blocks[self.index].groups
+        self.settle = Step(Settle(self.index))
         if not self.calibrated:
             self.publish = Step(Round(self.index, self.epoch))
             return
@@ -76,7 +79,17 @@ class BlockWork:
 
     @property
     def published(self) -> bool:
-        return self.publish.done is not None
+        last = self.settle if self.calibrated else self.publish
+        return last.done is not None
+
+    @property
+    def solved(self) -> bool:
+        return self.calibrated and all(step.done is not None for step in self._readers())
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing more is to be made of it, even if its codes are gone: it is written."""
+        return self.solved or (self.calibrated and self.publish.done is not None)
 
     def uncollected(self, chunks: Iterable[int]) -> tuple[int, ...]:
         """Those of the chunks whose moments are still asked for."""
@@ -99,9 +112,8 @@ class BlockWork:
 
         Who would take longer for one solve than another for all of them is offered none.
         """
-        if all(step.done is not None for step in self._readers()):
-            solved = [(_done(step), 0) for step in self.solves]
-            return self._start(self.publish, solved) if self.publish.waiting else None
+        if not self.calibrated:
+            return self._start(self.publish) if self.publish.waiting else None
         for step in self._readers():
             if not step.waiting:
                 continue
@@ -115,6 +127,21 @@ class BlockWork:
                 return assignment
         return None
 
+    def write(self, worker: int, *, due: bool) -> Assignment | None:
+        """Begin to write what is solved; when that is due, hear from who does how it ended."""
+        if self.solved and self.publish.waiting:
+            return self._start(self.publish, self.codes())
+        if due and self.publish.by == worker and self.settle.waiting:
+            return self._start(self.settle)
+        return None
+
+    def codes(self) -> tuple[Part, ...]:
+        """What all solves gave."""
+        return tuple((_done(step), 0) for step in self.solves)
+
+    def gave(self, assignment: str) -> bool:
+        return any(step.running == assignment for step in self._all())
+
     def finished(self, assignment: str, worker: int) -> Step:
         step = self._step(assignment)
         step.running, step.done, step.by = None, assignment, worker
@@ -125,10 +152,18 @@ class BlockWork:
         step.running = None
         if isinstance(step.task, Collect):
             self.collects.remove(step)
-        return self._undo(step for step in self._steps() if step.done in missing)
+        return self.missed(missing)
 
-    def lost(self, worker: int) -> list[str]:
-        """The results of a worker are gone."""
+    def missed(self, results: Collection[str]) -> list[str]:
+        """Some results are gone."""
+        return self._undo(step for step in self._steps() if step.done in results)
+
+    def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
+        """A worker is gone: what it was writing, and unless they are kept its results."""
+        if self.publish.by == worker and not self.published:
+            self.publish.done = self.publish.by = None
+        if parts_kept:
+            return []
         return self._undo(s for s in self._steps() if s.done is not None and s.by == worker)
 
     def results(self) -> list[str]:
@@ -192,14 +227,14 @@ class BlockWork:
 
     def _start(self, step: Step, inputs: Iterable[Part] = (), parts: int = 0) -> Assignment:
         kind = type(step.task).__name__.lower()
-        step.running = f"{kind}/{self.index}/{next(self._serial)}"
+        step.running = f"{kind}/{self.index}/{next(self.serial)}"
         return Assignment(id=step.running, task=step.task, inputs=tuple(inputs), parts=parts)
 
     def _step(self, assignment: str) -> Step:
         return next(step for step in self._all() if step.running == assignment)
 
     def _all(self) -> Iterable[Step]:
-        return [*self._steps(), *self.saves, self.publish]
+        return [*self._steps(), *self.saves, self.publish, self.settle]
 
     def _steps(self) -> Iterable[Step]:
         """Those whose results have parts; what is in the store has no way back."""

@@ -7,20 +7,26 @@ What a worker should do next is read off the state whenever it is idle:
     catch up: take its chunks through blocks that are published already,
     show the next shard what its chunks are after this one, at full precision,
     collect the moments of its chunks, adopt chunks that nobody holds,
-    reduce, solve, publish: whatever is next for the block.
+    reduce, solve: whatever is next for the block.
+
+A block that is solved is written by one worker while all go on: chunks pass it by its codes, and
+the next block is collected and solved. That one is written once the first stands in the store.
 
 So a failure needs no plan of its own. A lost worker's chunks become orphans, its unread results
 count as not there, and the same rules make both again; a job that is taken up from the ledger
-starts with every chunk an orphan and some blocks published.
+starts with every chunk an orphan and some blocks published. Where the codes are lost of a block
+that was not yet written, chunks that passed it are dropped, and it is done again.
 """
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator.block import BlockWork
 from orchestrator.holdings import NOWHERE, Chunk, Holdings
 from orchestrator.keeping import Keeping
-from orchestrator.scheduler import Assignment
+from orchestrator.scheduler import Assignment, Part
+from orchestrator.underway import Underway
 from workers.plan import Plan
 from workers.tasks import (
     Advance,
@@ -81,7 +87,8 @@ class Shard:
         self._hands: dict[str, tuple[int, set[int]]] = {}  # parts: who gave them, chunks not taken
         self._gone: set[str] = set()  # of those, the ones that were lost
         self._serial = 0
-        self._block: BlockWork | None = None
+        self._underway = Underway()
+        self._steps = itertools.count()
         self._before = before
         self._after: Shard | None = None
         self._shown: set[int] = set()  # chunks that the next shard was shown
@@ -107,9 +114,9 @@ class Shard:
         self._changed()
         released = [] if parts_kept else self._forget_handed_by(worker)
         self._holdings.lost(worker)
-        if self._block is not None and not parts_kept:
-            released += self._block.lost(worker)
-        return released
+        for block in self._underway.both():
+            released += block.lost(worker, parts_kept=parts_kept)
+        return [*released, *self._underway.fall_back(), *self._let_go()]
 
     def complete(self) -> bool:
         return not self._left
@@ -118,7 +125,12 @@ class Shard:
         if self.complete() or worker not in self._holdings.paces:
             return None
         block = self._current()
+        if (assignment := self._underway.write(worker)) is not None:
+            return self._step(worker, assignment)
+        if block is None:
+            return None
         steps = (
+            self._drop_ahead,
             self._hand,
             self._take,
             self._show_before_leaving,
@@ -133,10 +145,13 @@ class Shard:
                 return assignment
         return self._offer_step(worker, block) or self._keep(worker)
 
-    def finished(self, assignment: str, seconds: float) -> list[str]:  # noqa: PLR0912 - a table
+    def finished(self, assignment: str, seconds: float) -> list[str]:
         self._changed()
-        if assignment in self._given:
-            return self._finish_step(assignment, seconds)
+        step = assignment in self._given
+        ended = (self._finish_step if step else self._finish_trip)(assignment, seconds)
+        return [*ended, *self._let_go()]
+
+    def _finish_trip(self, assignment: str, seconds: float) -> list[str]:
         trip = self._trips.pop(assignment)
         if self.complete():  # by others, meanwhile
             return [assignment]
@@ -173,12 +188,20 @@ class Shard:
 
     def returned(self, assignment: str, missing: Collection[str] = ()) -> list[str]:
         self._changed()
-        if assignment in self._given:
-            _, block = self._given.pop(assignment)
-            return block.returned(assignment, missing) if block is self._block else []
+        step = assignment in self._given
+        ended = (self._return_step if step else self._return_trip)(assignment, missing)
+        return [*ended, *self._underway.fall_back(), *self._let_go()]
+
+    def _return_step(self, assignment: str, missing: Collection[str]) -> list[str]:
+        _, block = self._given.pop(assignment)
+        return block.returned(assignment, missing) if block in self._underway.both() else []
+
+    def _return_trip(self, assignment: str, missing: Collection[str]) -> list[str]:
         trip = self._trips.pop(assignment)
         if isinstance(trip.task, Embed | Load):
             self._holdings.orphan(trip.chunks)
+        if isinstance(trip.task, Advance):
+            return [name for block in self._underway.both() for name in block.missed(missing)]
         if isinstance(trip.task, Take):
             gone = self._gone.union(missing)
             lost = [n for n in trip.chunks if self._handed_from(n) in gone]
@@ -195,23 +218,44 @@ class Shard:
                 shard.version += 1
 
     def _offer_step(self, worker: int, block: BlockWork) -> Assignment | None:
+        if self._underway.writing is not None and not block.calibrated:
+            return None  # it goes to the store at once, and not before the other
         slow = self._holdings.slowness(worker) > block.solves_left
         if self._nothing_at == self.version:  # the answer to another worker, the same for all
             return None
         assignment = block.offer(solves=not slow)
         if assignment is not None:
-            self._given[assignment.id] = (worker, block)
-        elif not slow:
+            return self._step(worker, assignment)
+        if not slow:
             self._nothing_at = self.version
+        return None
+
+    def _step(self, worker: int, assignment: Assignment) -> Assignment:
+        block = next(b for b in self._underway.both() if b.gave(assignment.id))
+        self._given[assignment.id] = (worker, block)
         return assignment
 
-    def _current(self) -> BlockWork:
-        """The first block that is not published; when it is a new one, chunks may change hands."""
-        if self._block is None:
-            self._block = BlockWork(self._plan, self._left[0], max(1, self.members), self._epoch)
-            self._holdings.rebalance(len(self._left), self._chunk_bytes / self._transfer)
-            self._keeping.consider(self._left[0], self._holdings.paces.values())
-        return self._block
+    def _current(self) -> BlockWork | None:
+        """The first block that is not solved; when it is a new one, chunks may change hands."""
+        left = self._left if self._underway.writing is None else self._left[1:]
+        if self._underway.current is None and left:
+            hands = max(1, self.members)
+            work = BlockWork(self._plan, left[0], hands, self._epoch, self._steps)
+            self._underway.current = work
+            self._holdings.rebalance(len(left), self._chunk_bytes / self._transfer)
+            self._keeping.consider(left[0], self._holdings.paces.values())
+        return self._underway.current
+
+    def _let_go(self) -> list[str]:
+        if self.complete():
+            return self._underway.let_go()
+        read = {t.task.block for t in self._trips.values() if isinstance(t.task, Advance)}
+        return self._underway.let_go(read)
+
+    def _drop_ahead(self, worker: int, block: BlockWork) -> Assignment | None:
+        """Chunks that passed a block which is done again."""
+        ahead = tuple(c.number for c in self._holdings.held(worker) if c.at > block.index)
+        return self._trip(worker, Drop(ahead), ahead) if ahead else None
 
     def _hand(self, worker: int, _block: BlockWork) -> Assignment | None:
         leaving = [c for c in self._holdings.held(worker) if c.heir not in (None, worker)]
@@ -248,7 +292,13 @@ class Shard:
         index = min(chunk.at for chunk in behind)
         numbers = tuple(chunk.number for chunk in behind if chunk.at == index)
         published = index >= self._blocks.start
-        return self._trip(worker, Advance(index, numbers, published), numbers)
+        codes: tuple[Part, ...] = ()
+        writing = self._underway.writing
+        if writing is not None and index == writing.index:
+            if not writing.solved:  # once it is written, by what is in the store
+                return None
+            codes = writing.codes()
+        return self._trip(worker, Advance(index, numbers, published), numbers, inputs=codes)
 
     def _keep_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:
         held = self._holdings.held(worker)
@@ -317,9 +367,7 @@ class Shard:
         numbers = block.uncollected(here)
         if not numbers:
             return None
-        assignment = block.collect(numbers)
-        self._given[assignment.id] = (worker, block)
-        return assignment
+        return self._step(worker, block.collect(numbers))
 
     def _adopt(self, worker: int, block: BlockWork) -> Assignment | None:
         orphans = self._holdings.orphans()
@@ -344,19 +392,18 @@ class Shard:
 
     def _finish_step(self, assignment: str, seconds: float) -> list[str]:
         worker, block = self._given.pop(assignment)
-        if block is not self._block:  # which was published without it: it had been done before
+        if block not in self._underway.both():  # it was published without, or is done again
             return [assignment]
         step = block.finished(assignment, worker)
         if isinstance(step.task, Collect):
             self._holdings.note(worker, "Collect", seconds / len(step.task.chunks))
-        if not block.published:
-            return []
-        self._left.remove(block.index)
-        self._block = None
-        unread = list(self._hands) if self.complete() else []
-        for hand in unread:
-            del self._hands[hand]
-        return [*block.results(), *unread]
+        unread: list[str] = []
+        if self._underway.move_on(block):
+            self._left.remove(block.index)
+            unread = list(self._hands) if self.complete() else []
+            for hand in unread:
+                del self._hands[hand]
+        return unread
 
     def _taken(self, worker: int, chunks: tuple[int, ...], seconds_each: float) -> list[str]:
         self._transfer = (self._transfer + self._chunk_bytes / max(seconds_each, 1e-6)) / 2

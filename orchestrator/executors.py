@@ -123,6 +123,8 @@ class InProcessExecutor:
     def close(self) -> None:
         self._queue.clear()
         self._parts.clear()
+        for worker in self._workers.values():
+            worker.close()
 
     def _tell(self, done: int, total: int) -> None:
         self.on_progress(self._running, done, total)

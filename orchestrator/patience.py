@@ -35,6 +35,7 @@ from workers.tasks import (
     Reduce,
     Round,
     Save,
+    Settle,
     Solve,
     Survey,
     Sweep,
@@ -70,7 +71,7 @@ class OwnTime:
         return self._seconds
 
 
-_AT_THE_STORE = Publish | Round | Quantize | Save | Advance | Keep | Load
+_AT_THE_STORE = Publish | Settle | Round | Quantize | Save | Advance | Keep | Load
 
 
 class Judge:
@@ -147,7 +148,7 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
             return (kind, alike), _count(tiles)
         case Reduce(block, group) | Save(block, group):
             return (kind, plan.blocks[block].groups[group].in_features), 1
-        case Publish(block) | Round(block) | Quantize(block):
+        case Publish(block) | Settle(block) | Round(block) | Quantize(block):
             return (kind, _shape(plan, block)), 1
 
 

@@ -20,7 +20,7 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Evaluate, Probe, Publish, Round, Survey
+from workers.tasks import Evaluate, Probe, Round, Settle, Survey
 
 _LABELS = {
     "probe": "trying the worst block",
@@ -158,7 +158,7 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(assignment.task, Probe | Survey | Publish | Round | Evaluate)
+    return isinstance(assignment.task, Probe | Survey | Settle | Round | Evaluate)
 
 
 def _clock(seconds: float) -> str:

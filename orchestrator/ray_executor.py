@@ -21,6 +21,8 @@ from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
 from workers.plan import Plan
 
+_LAST_WRITES_S = 15.0  # that a block which is being written is waited for at the end
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -146,6 +148,9 @@ class RayExecutor:
     def close(self) -> None:
         """End what we started: workers, and an embedded Ray with its driver's connection."""
         actors = [member.actor for member in self._members.values()]
+        with contextlib.suppress(Exception):  # as below
+            ends = [actor.close.options(concurrency_group="close").remote() for actor in actors]
+            self._ray.wait(ends, num_returns=len(ends), timeout=_LAST_WRITES_S)
         for actor in [*actors, *(start.actor for start in self._starting.values())]:
             with contextlib.suppress(Exception):  # it may be gone, and Ray with it
                 self._ray.kill(actor)
@@ -174,7 +179,7 @@ class RayExecutor:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
         }
         # asked in a thread of its own, a worker answers while it works
-        groups = {"pulse": 1, "watch": 1}
+        groups = {"pulse": 1, "watch": 1, "close": 1}
         actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
         if self._sent is None:
             self._sent = self._ray.put(self._plan)  # once, while there is room for it

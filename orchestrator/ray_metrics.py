@@ -5,7 +5,7 @@ from typing import Any
 from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.scheduler import Assignment
-from workers.tasks import Publish, Round
+from workers.tasks import Round, Settle
 
 _SECONDS = [0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
@@ -37,7 +37,7 @@ class RayMetrics(Observer):
         tags = {"kind": type(assignment.task).__name__, "shard": shard}
         self._tasks.inc(tags=tags)
         self._seconds.observe(max(result.seconds, 1e-6), tags=tags)
-        if isinstance(assignment.task, Publish | Round):
+        if isinstance(assignment.task, Settle | Round):
             self._done += 1
             self._blocks.set(self._done)
 

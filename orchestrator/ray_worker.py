@@ -62,6 +62,10 @@ class RayWorker:
     def pulse(self) -> tuple[int, int]:
         return self._progress
 
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
     def watch(self) -> None:
         """Returns never: when this process dies, whoever waits for it is told."""
         self._end.wait()

@@ -34,6 +34,7 @@ from workers.tasks import (
     Publish,
     Reduce,
     Round,
+    Settle,
     Solve,
     Survey,
     Sweep,
@@ -44,6 +45,7 @@ from workers.tasks import (
 @dataclass
 class FakeWorker:
     held: dict[int, int] = field(default_factory=dict)  # chunks, each at the input of a block
+    writing: int | None = None  # a block
     doing: Assignment | None = None
 
 
@@ -160,11 +162,15 @@ class Fleet:
                 assert all(worker.held[chunk] == first for chunk in chunks)
                 return Counter((chunk, last) for chunk in chunks)
             case Advance(block, chunks, published):
-                assert not published or block in self._finished_blocks()
+                if assignment.inputs:
+                    solved = sum((kept.covers for kept, _ in inputs), Counter[tuple[int, ...]]())
+                    assert solved == every_tile(self.plan, block)
+                else:
+                    assert not published or block in self._finished_blocks()
                 assert all(worker.held[chunk] == block for chunk in chunks)
                 worker.held |= dict.fromkeys(chunks, block + 1)
             case Collect(block, chunks, bands):
-                assert block == self._next_block(block)
+                assert block in self._left(block)[:2], "the one before may be on its way"
                 assert all(worker.held[chunk] == block for chunk in chunks)
                 ranged = sum(map(self.plan.ranged, self.plan.blocks[block].groups))
                 assert assignment.parts == sum(bands) + ranged
@@ -178,6 +184,11 @@ class Fleet:
             case Publish(block):
                 solved = sum((kept.covers for kept, _ in inputs), Counter[tuple[int, ...]]())
                 assert solved == every_tile(self.plan, block)
+                assert block == self._next_block(block), "out of order"
+                worker.writing = block
+            case Settle(block):
+                assert worker.writing == block
+                worker.writing = None
                 self._publish(block)
             case Round(block):
                 self._publish(block)
@@ -232,9 +243,12 @@ class Fleet:
         return self.done | set(self.published)
 
     def _next_block(self, block: int) -> int:
-        """The first unfinished block of a block's shard."""
+        return self._left(block)[0]
+
+    def _left(self, block: int) -> list[int]:
+        """The unfinished blocks of a block's shard, in order."""
         shard = next(range(a, b) for a, b in self.plan.shard_ranges() if a <= block < b)
-        return min(set(shard) - self._finished_blocks())
+        return sorted(set(shard) - self._finished_blocks())
 
 
 def every_tile(plan: Plan, block: int) -> Counter[tuple[int, ...]]:

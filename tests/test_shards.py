@@ -18,7 +18,7 @@ from tests.faults import Kill, KillingExecutor, schedule
 from tests.references import output_error, second_moment
 from workers.layout import block_key
 from workers.plan import Plan
-from workers.publish import decoded_weights, published_tensors, read_record
+from workers.publish import decoded_weights, published_tensors
 from workers.store import open_store
 
 JobFile = Callable[..., Path]
@@ -78,7 +78,7 @@ def test_a_shard_begins_at_the_source_and_goes_on_from_what_it_quantized(
     for index, block in enumerate(plan.blocks):
         layers = list(block.quantized())
         store = open_store(plan.store)
-        tensors = published_tensors(store, read_record(store, block_key(index)))
+        tensors = published_tensors(store, block_key(index))
         quantized = decoded_weights(tensors, plan, index, torch.device("cpu"))
         original = dict(source.read(f"{layer.name}.weight" for layer in layers))
         apart = []

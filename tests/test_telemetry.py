@@ -22,14 +22,14 @@ from orchestrator.executors import Result
 from orchestrator.ray_cluster import embedded
 from orchestrator.ray_metrics import RayMetrics
 from orchestrator.scheduler import Assignment
-from workers.tasks import Publish
+from workers.tasks import Settle
 
 ray = embedded(cpus=1, gpus=0)
 metrics = RayMetrics(ray, "a-job")
 metrics.note("workers started", present=2)
 metrics.note("quantizing", blocks=30, done=4)
 for block in (4, 5):
-    done = Assignment(id=f"publish/{block}/0", task=Publish(block, 1), shard=1)
+    done = Assignment(id=f"settle/{block}/0", task=Settle(block), shard=1)
     metrics.finished(done, Result(done.id, 0, 0.5))
 metrics.note("worker lost", present=1)
 port = ray.nodes()[0]["MetricsExportPort"]

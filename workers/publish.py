@@ -32,11 +32,8 @@ Encoded = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 def publish(
     store: Store, key: str, tensors: Mapping[str, Tensor], layers: list[dict[str, Any]]
-) -> tuple[dict[str, Any], str]:
-    """Write one file and its record.
-
-    The record that stands, which may be another worker's, and the SHA-256 of this one's file.
-    """
+) -> dict[str, Any]:
+    """Write one file and its record; the record that stands, which may be another worker's."""
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -56,8 +53,8 @@ def publish(
         "layers": layers,
     }
     if store.put_if_absent(record_name(key), json.dumps(record, indent=1).encode()):
-        return record, sha256
-    return read_record(store, key), sha256
+        return record
+    return read_record(store, key)
 
 
 def read_record(store: Store, key: str) -> dict[str, Any]:
@@ -68,8 +65,9 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     return record
 
 
-def published_tensors(store: Store, record: Mapping[str, Any]) -> dict[str, Tensor]:
+def published_tensors(store: Store, key: str) -> dict[str, Tensor]:
     """A published file's tensors. Raises StoreError if it is not what its record tells of."""
+    record = read_record(store, key)
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "block.safetensors"
         store.get_file(record["file"], local)

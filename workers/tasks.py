@@ -114,15 +114,25 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Put a solved block together and publish it."""
+    """Put a solved block together and begin to write it; `Settle` hears how that ended."""
 
     block: int
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
+class Settle:
+    """Wait until a block that this worker publishes stands in the store."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
 class Advance:
-    """Take chunks that this worker holds through a block: as published, or as the source has it."""
+    """Take chunks that this worker holds through a block: as published, or as the source has it.
+
+    A block that is still being written is made from its codes, which are the inputs then.
+    """
 
     block: int
     chunks: tuple[int, ...]
@@ -198,6 +208,7 @@ Task = (
     | Solve
     | Save
     | Publish
+    | Settle
     | Advance
     | Boundary
     | Round

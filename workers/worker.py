@@ -3,13 +3,15 @@
 It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 """
 
+import contextlib
+import operator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcore.errors import LeaseError, ResourceError
+from quantcore.errors import LeaseError, QuantfleetError, ResourceError
 from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
 from workers.collecting import Collector
@@ -26,7 +28,6 @@ from workers.publish import (
     encode_solved,
     publish,
     published_tensors,
-    read_record,
 )
 from workers.resident import ResidentSource
 from workers.solving import solve_group
@@ -52,6 +53,7 @@ from workers.tasks import (
     Reduce,
     Round,
     Save,
+    Settle,
     Solve,
     SolvedGroup,
     Survey,
@@ -60,6 +62,7 @@ from workers.tasks import (
     Task,
 )
 from workers.variants import original, rounded, stored_artifact
+from workers.writing import Writer
 
 
 class Worker:
@@ -82,7 +85,8 @@ class Worker:
         self._model = BlockModel(self._source, plan.torch_dtype, self.device)
         self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
-        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # published: SHA-256, tensors
+        self._writer = Writer()
+        self._encoded: tuple[tuple[SolvedGroup, ...], Encoded] | None = None  # the latest block
         self._tell = tell
         mixed = plan.contract.kind == MIXED  # else all are as fast as each other, till it shows
         self.speed = matmul_flops(self.device, plan.torch_dtype) if mixed else 1.0
@@ -106,7 +110,7 @@ class Worker:
                 why = str(error)
             # outside the handler, whose traceback holds on to the tensors of the attempt
             self._source_blocks.clear()
-            self._latest = ("", {})
+            self._encoded = None
             if isinstance(self._source, ResidentSource):
                 self._source.release()
             place = self._held.spill()
@@ -116,6 +120,11 @@ class Worker:
             spilled = {"spilled": place}
             if self.device.type != "cpu":
                 torch.accelerator.empty_cache()
+
+    def close(self) -> None:
+        """Let a block that is being written come to its end, whichever that is."""
+        with contextlib.suppress(QuantfleetError):
+            self._writer.settle()
 
     def _run(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:  # noqa: PLR0911, PLR0912 - a table
         match task:
@@ -162,8 +171,10 @@ class Worker:
                 return Outcome()
             case Publish():
                 return self._publish(task, inputs)
+            case Settle():
+                return Outcome({"record": self._writer.settle()})
             case Advance():
-                return self._advance(task)
+                return self._advance(task, inputs)
             case Boundary():
                 return self._boundary(task)
             case Round(block, epoch):
@@ -194,10 +205,28 @@ class Worker:
         return Outcome({}, collector.parts(task.bands))
 
     def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
-        groups = self._plan.blocks[task.block].groups
+        self._hold(task.block)
+        tensors, lines = self._encode(task.block, solved)
+        key, names = block_key(task.block), self._model.block_tensors(task.block)
+        self._refuse_if_replaced(task.epoch)
+
+        def write(whole_block: dict[str, Tensor]) -> dict[str, Any]:
+            self._refuse_if_replaced(task.epoch)
+            return publish(self._store, key, whole_block, lines)
+
+        self._writer.begin(self._with_kept(tensors, lines, names), write)
+        return Outcome()
+
+    def _encode(self, block: int, solved: tuple[SolvedGroup, ...]) -> Encoded:
+        """A block as stored, from its codes; the latest is kept for the chunks that pass it."""
+        if self._encoded is not None:
+            made_of, encoded = self._encoded
+            if len(made_of) == len(solved) and all(map(operator.is_, made_of, solved)):
+                return encoded
+        groups = self._plan.blocks[block].groups
         encoded = encode_solved(self._plan, groups, solved, self._source)
-        names = self._model.block_tensors(task.block)
-        return self._put(task.epoch, block_key(task.block), encoded, names)
+        self._encoded = (solved, encoded)
+        return encoded
 
     def _quantize(self, task: Quantize) -> Outcome:
         plan = self._plan
@@ -221,25 +250,32 @@ class Worker:
         return self._put(task.epoch, block_key(task.block), encoded, names)
 
     def _put(self, epoch: int, key: str, encoded: Encoded, names: list[str]) -> Outcome:
-        """Publish the new tensors with, bit for bit, those of the checkpoint that stay."""
-        if self._store.exists(epoch_name(epoch + 1)):
-            raise LeaseError(f"another driver has taken {self._store.url} over: this one stops")
+        """Publish at once: the new tensors, and those of the checkpoint that stay."""
+        self._refuse_if_replaced(epoch)
         tensors, lines = encoded
+        whole_block = self._with_kept(tensors, lines, names)
+        return Outcome({"record": publish(self._store, key, whole_block, lines)})
+
+    def _with_kept(
+        self, tensors: dict[str, Tensor], lines: list[dict[str, Any]], names: list[str]
+    ) -> dict[str, Tensor]:
+        """New tensors with, bit for bit, those of the checkpoint that stay."""
         replaced = {f"{line['layer']}.weight" for line in lines} | tensors.keys()
         kept = dict(self._source.read(name for name in names if name not in replaced))
-        whole_block = {**kept, **tensors}
-        record, own_sha256 = publish(self._store, key, whole_block, lines)
-        self._latest = (own_sha256, whole_block)
-        return Outcome({"record": record})
+        return {**kept, **tensors}
 
-    def _advance(self, task: Advance) -> Outcome:
+    def _refuse_if_replaced(self, epoch: int) -> None:
+        if self._store.exists(epoch_name(epoch + 1)):
+            raise LeaseError(f"another driver has taken {self._store.url} over: this one stops")
+
+    def _advance(self, task: Advance, solved: tuple[SolvedGroup, ...]) -> Outcome:
         index = task.block
         weights = {}
         if task.published:
-            record = read_record(self._store, block_key(index))
-            sha256, tensors = self._latest
-            if sha256 != record["sha256"]:
-                tensors = published_tensors(self._store, record)
+            if solved:
+                tensors, _ = self._encode(index, solved)
+            else:
+                tensors = published_tensors(self._store, block_key(index))
             weights = decoded_weights(tensors, self._plan, index, self.device)
         block = self._model.block(index, replace=weights)
         for chunk in task.chunks:
