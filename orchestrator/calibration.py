@@ -298,6 +298,7 @@ class Shard:
             if not writing.solved:  # once it is written, by what is in the store
                 return None
             codes = writing.codes()
+            published = bool(codes)  # else nothing in it is new
         return self._trip(worker, Advance(index, numbers, published), numbers, inputs=codes)
 
     def _keep_before_leaving(self, worker: int, block: BlockWork) -> Assignment | None:

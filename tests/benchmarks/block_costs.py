@@ -32,6 +32,12 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "smollm2-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -53,7 +59,7 @@ def save_random_model(folder: Path, shape: str, blocks: int, dtype: torch.dtype)
         **SHAPES[shape],
     )
     torch.manual_seed(0)
-    with torch.device("cpu"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 
@@ -98,7 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "workers": {"count": 1, "kind": options.device},
             "output": {"store": "store"},
         }
-        _give_tokenizer(folder / "model")
+        give_tokenizer(folder / "model")
         (folder / "job.yaml").write_text(yaml.safe_dump(job))
         prepared = check(folder / "job.yaml")
         clock = Clock()
@@ -123,7 +129,7 @@ def _typical(times: dict[int, list[float]]) -> float:
     return median(sum(values) for values in later)
 
 
-def _give_tokenizer(folder: Path) -> None:
+def give_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

@@ -1,12 +1,12 @@
-"""llm-compressor's GPTQ (W4A16 symmetric, groups of 64) on given token ids, timed.
+"""llm-compressor's GPTQ (W4A16 symmetric) on given token ids, timed.
 
-    PEER/bin/python peer_llmcompressor.py MODEL CALIBRATION.jsonl OUT
+    PEER/bin/python peer_llmcompressor.py MODEL CALIBRATION.jsonl OUT [--device cuda ...]
 
-Runs in the peer's own environment, which does not have quantfleet. Prints one line of JSON.
+Runs in the peer's own environment, which does not have quantfleet. Prints one line of JSON, last.
 """
 
+import argparse
 import json
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +20,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    folder, calibration, out = sys.argv[1:4]
-    torch.set_num_threads(2)
-    lines = Path(calibration).read_text().splitlines()
+    options = _options()
+    torch.set_num_threads(options.threads)
+    lines = Path(options.calibration).read_text().splitlines()
     rows = [json.loads(line)["input_ids"] for line in lines]
     length = len(rows[0])
     dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length for _ in rows]})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+    model = model.to(options.device)
     weights = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=64
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=options.group
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     start = time.perf_counter()
@@ -41,10 +43,27 @@ def main() -> None:
         max_seq_length=length,
         num_calibration_samples=len(rows),
     )
+    peak = 0
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
     seconds = time.perf_counter() - start
-    model.save_pretrained(out, save_compressed=True)
-    tokenizer.save_pretrained(out)
-    print(json.dumps({"seconds": seconds, "llmcompressor": version("llmcompressor")}))
+    model.save_pretrained(options.out, save_compressed=True)
+    tokenizer.save_pretrained(options.out)
+    told = {"seconds": seconds, "peak_bytes": peak, "llmcompressor": version("llmcompressor")}
+    print(json.dumps(told))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
