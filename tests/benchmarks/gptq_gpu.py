@@ -4,9 +4,9 @@
 
 Random weights of a model's widths, W4A16 symmetric in groups of 128, bfloat16. Each side quantizes
 models of few and of more blocks from few and from more sequences of 2,048 tokens, every run in a
-process of its own that has done the like once before the clock starts. Told is what one more block costs,
-from the difference of few and many, everything included: ours is the clock of a whole job, from its
-check to its manifest; the peer's covers oneshot alone, neither load nor save.
+process of its own that has done the like once before the clock starts. Told is what one more block
+costs, from the difference of few and many, everything included: ours is the clock of a whole job,
+from its check to its manifest; the peer's covers oneshot alone, neither load nor save.
 
 The error of both: trace((W-Q) H (W-Q)^T) over trace(W H W^T) of each linear of the first block, H
 from the same calibration inputs, and how far the last block's outputs are moved on some of them.
