@@ -33,7 +33,7 @@ class NormWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._handles = [
             module.register_forward_hook(self._note(name))
             for name, module in block.named_modules()
-            if _may_be_norm(module)
+            if may_be_norm(module)
         ]
         for reader in readers:
             self._handles.append(reader.register_forward_pre_hook(self._enter))
@@ -102,7 +102,7 @@ def norm_rule(norm: nn.Module) -> NormRule | None:
     return None
 
 
-def _may_be_norm(module: nn.Module) -> bool:
+def may_be_norm(module: nn.Module) -> bool:
     """A module with a weight for every channel, perhaps a bias, and nothing else."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")

@@ -16,6 +16,7 @@ from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
+from workers.fusing import fuse
 from workers.held import Held, pack
 from workers.kind import cores_beside, make_repeatable, matmul_flops
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
@@ -190,6 +191,12 @@ class Worker:
             case Evaluate():
                 return self._evaluate(task)
 
+    def _block(self, index: int, replace: dict[str, Tensor] | None = None) -> nn.Module:
+        block = self._model.block(index, replace)
+        if self.device.type != "cpu" and self._plan.torch_dtype != torch.float32:
+            fuse(block)
+        return block
+
     def _hold(self, index: int) -> None:
         """Have a block's weights on an accelerator, and the next block's on their way."""
         if isinstance(self._source, ResidentSource):
@@ -198,7 +205,7 @@ class Worker:
 
     def _collect(self, task: Collect) -> Outcome:
         self._hold(task.block)
-        block, prefix = self._model.block(task.block), self._model.prefix(task.block)
+        block, prefix = self._block(task.block), self._model.prefix(task.block)
         collector = Collector(block, prefix, self._plan, task.block, self.device)
         for chunk in sorted(task.chunks):
             collector.run(chunk, self._held.at(chunk, task.block))
@@ -277,7 +284,7 @@ class Worker:
             else:
                 tensors = published_tensors(self._store, block_key(index))
             weights = decoded_weights(tensors, self._plan, index, self.device)
-        block = self._model.block(index, replace=weights)
+        block = self._block(index, weights)
         for chunk in task.chunks:
             if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
                 continue
@@ -295,7 +302,7 @@ class Worker:
             hidden = [inputs.hidden_BLH for inputs in batches]
             for index in range(task.first, task.last):
                 if index not in self._source_blocks:
-                    self._source_blocks[index] = self._model.block(index)
+                    self._source_blocks[index] = self._block(index)
                 block = self._source_blocks[index]
                 hidden = [
                     run_block(block, inputs.calls[index], hidden_BLH)

@@ -12,10 +12,13 @@ SWEEP_SPAN = 512  # columns between updates of everything after them
 SWEEP_STEP = 32  # columns per matrix product of such an update
 SWEEP_PRECISION = "ieee"  # float32 products and sums
 
+NORM_VALUES_PER_WARP = 512  # of a row, whose squares one warp sums
+
 RANGE_CHUNK = 1024  # weights of a group whose errors are summed at once
 
 CONFIGURATION: dict[str, int | str] = {
     "gram": f"{GRAM_STEP}/{GRAM_PIECE}",
     "sweep": f"{SWEEP_COLUMNS}/{SWEEP_SPAN}/{SWEEP_STEP}/{SWEEP_PRECISION}",
     "ranges": RANGE_CHUNK,
+    "forward": f"norm {NORM_VALUES_PER_WARP}, silu",
 }

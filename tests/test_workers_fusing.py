@@ -1,0 +1,71 @@
+"""Which modules of a block are given a kernel's forward: those that compute just that."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import ARCHITECTURES, _configs
+from workers.fusing import fuse
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+class Centred(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.nn.functional.silu(self.b(x)) * self.a(x))
+
+
+class Clamped(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.nn.functional.silu(self.b(x)).clamp(max=7) * self.a(x))
+
+
+class Gelu(Gated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.nn.functional.gelu(self.b(x)) * self.a(x))
+
+
+@pytest.mark.parametrize("module", [Norm(16), Norm(16, eps=1e-3), Gated()])
+def test_what_computes_the_same_is_fused_and_goes_on_doing_so(module: nn.Module) -> None:
+    x = torch.randn(2, 3, 16 if isinstance(module, Norm) else 8)
+    before = module(x)
+    assert fuse(nn.ModuleDict({"it": module})) == ["it"]
+    assert torch.allclose(module(x), before, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("module", [Centred(16), Clamped(), Gelu()], ids=lambda m: type(m).__name__)
+def test_what_computes_something_else_keeps_its_forward(module: nn.Module) -> None:
+    assert fuse(nn.ModuleDict({"it": module})) == []
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_blocks_of_every_family_give_what_they_gave(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_configs()[name](), dtype=torch.float32).eval()
+    ids = torch.randint(0, 300, (2, 24))
+    with torch.no_grad():
+        before = model(ids).logits
+        fused = [found for block in model.model.layers for found in fuse(block)]
+        assert len(fused) >= 2 * len(model.model.layers)
+        assert torch.allclose(model(ids).logits, before, rtol=1e-4, atol=1e-5)
