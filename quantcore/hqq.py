@@ -41,7 +41,7 @@ from quantcore.affine import Qparams, choose_qparams, grid_name
 from quantcore.schemes import IntegerGrid, Scheme
 
 # weights at a time: within a core's cache, or enough to keep a GPU busy
-_CHUNK_OF_A_CPU, _CHUNK_OF_A_DEVICE = 2**18, 2**24
+CHUNK_OF_A_CPU, CHUNK_OF_A_DEVICE = 2**18, 2**24
 _LEAST_GROUPS = 64  # of a chunk: they lie side by side in memory
 _POWERS = 256  # p is a multiple of its inverse
 
@@ -68,7 +68,7 @@ def hqq_qparams(w_OI: Tensor, scheme: Scheme, config: HqqConfig, *, stored: torc
     size = width // scheme.groups_of(width)
     groups_NJ = w_OI.reshape(-1, size)
     scale_N, zero_N = plain.scale_OG.flatten().clone(), plain.zero_OG.flatten().float()
-    chunk = _CHUNK_OF_A_CPU if w_OI.device.type == "cpu" else _CHUNK_OF_A_DEVICE
+    chunk = CHUNK_OF_A_CPU if w_OI.device.type == "cpu" else CHUNK_OF_A_DEVICE
     together = max(chunk // size, _LEAST_GROUPS)
     for first in range(0, len(groups_NJ), together):
         part = slice(first, first + together)
@@ -129,13 +129,13 @@ def _refit(
     scale_N, zero_N = now
     if scheme.zero_point != "float":
         code_JN.sub_(zero_N)
-        slope_N = _sum(code_JN * target_JN) / _sum(code_JN.square())
+        slope_N = _sum(target_JN.square()) / _sum(code_JN * target_JN)
         return _scale(slope_N, scale_N, stored), zero_N
     share = 1 / len(code_JN)
     mean_code_N, mean_N = _sum(code_JN) * share, _sum(target_JN) * share
     if config.fit_scale:
-        code_JN = code_JN - mean_code_N
-        slope_N = _sum(code_JN * (target_JN - mean_N)) / _sum(code_JN.square())
+        code_JN, target_JN = code_JN - mean_code_N, target_JN - mean_N
+        slope_N = _sum(target_JN.square()) / _sum(code_JN * target_JN)
         scale_N = _scale(slope_N, scale_N, stored)
     return scale_N, (mean_N - mean_code_N * scale_N).to(stored).float()
 
