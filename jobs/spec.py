@@ -69,7 +69,7 @@ class GptqSpec(_Section):
 
 class HqqSpec(_Section):
     norm: Annotated[float, Field(ge=0.1, le=1)] = 0.7  # p; to the nearest 1/256
-    beta: Annotated[float, Field(gt=0, le=1e6)] = 10.0  # in steps of a group's grid
+    beta: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # in steps of a group's grid
     growth: Annotated[float, Field(ge=1, le=10)] = 1.01  # of beta, by iteration
     iterations: Annotated[int, Field(gt=0, le=1000)] = 20
     fit_scale: bool = False  # beside a float zero point, too
