@@ -69,7 +69,8 @@ class GptqSpec(_Section):
 
 class HqqSpec(_Section):
     norm: Annotated[float, Field(ge=0.1, le=1)] = 0.7  # p; to the nearest 1/256
-    beta: Annotated[float, Field(gt=0, le=1e6)] = 5.0  # in steps of a group's grid
+    # in steps of a group's grid; None: 5 where a zero point is fitted, 1 where a scale is
+    beta: Annotated[float, Field(gt=0, le=1e6)] | None = None
     growth: Annotated[float, Field(ge=1, le=10)] = 1.01  # of beta, by iteration
     iterations: Annotated[int, Field(gt=0, le=1000)] = 20
     fit_scale: bool = False  # beside a float zero point, too

@@ -67,7 +67,7 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
         float32=speed * single,
         column_s=5e-5,
         weight_s=1e-7 / threads,
-        fit_s=1e-8 / threads,
+        fit_s=1.5e-8 / threads,
         said=f"{single / 1e9:.0f} GFLOP/s measured on one core in float32",
     )
 

@@ -56,10 +56,20 @@ _POWERS = 256  # p is a multiple of its inverse
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HqqConfig:
     norm: float = 0.7  # p
-    beta: float = 5.0  # how closely e follows the errors at first, in steps of the grid
+    beta: float | None = None  # how closely e follows the errors at first, in steps of the grid
     growth: float = 1.01  # of beta, from iteration to iteration
     iterations: int = 20
     fit_scale: bool = False  # beside a float zero point, too
+
+    def first_beta(self, scheme: Scheme) -> float:
+        """What it was told, or what was best on SmolLM2.
+
+        With 1 an error of less than a step is nobody's outlier: a fitted scale is freed of weights
+        that it clips, and of no others. With 5 the larger errors of a shifted grid are outliers.
+        """
+        if self.beta is not None:
+            return self.beta
+        return 5.0 if scheme.zero_point == "float" else 1.0
 
     @property
     def power(self) -> int:
@@ -97,7 +107,7 @@ def _fit(
     """The best scale and zero point of each group, of those the iterations meet."""
     round_ = ROUND[grid_name(scheme)]
     ends = (scheme.grid.lowest, scheme.grid.highest)
-    step_N, beta = scale_N, config.beta
+    step_N, beta = scale_N, config.first_beta(scheme)
     best_scale_N, best_zero_N, least_N = scale_N, zero_N, None
     for iteration in range(config.iterations + 1):
         rounded = round_(w_JN, scale_N, zero_N, ends)
