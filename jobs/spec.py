@@ -73,7 +73,6 @@ class HqqSpec(_Section):
     beta: Annotated[float, Field(gt=0, le=1e6)] | None = None
     growth: Annotated[float, Field(ge=1, le=10)] = 1.01  # of beta, by iteration
     iterations: Annotated[int, Field(gt=0, le=1000)] = 20
-    fit_scale: bool = False  # beside a float zero point, too
 
 
 class SmoothquantSpec(_Section):

@@ -16,7 +16,7 @@ as in the paper, under a scale that stays: z <- mean(w - e - q s). Without one t
 
     s <- sum (w - e)^2 / sum (q - z)(w - e)
 
-and with `fit_scale` both, by the same regression about the means. In the units of the weights,
+In the units of the weights,
 s <- sum (q - z)(w - e) / sum (q - z)^2, the error would end up at right angles to Q(w), not to w:
 every weight of every layer about one per cent too small, which costs a model more than the
 smaller errors give it. A whole zero point stays where the extremes put it: a mean error below half
@@ -59,7 +59,6 @@ class HqqConfig:
     beta: float | None = None  # how closely e follows the errors at first, in steps of the grid
     growth: float = 1.01  # of beta, from iteration to iteration
     iterations: int = 20
-    fit_scale: bool = False  # beside a float zero point, too
 
     def first_beta(self, scheme: Scheme) -> float:
         """What it was told, or what was best on SmolLM2.
@@ -128,7 +127,7 @@ def _fit(
         pull_JN = power_JN.div_(size_JN.clamp(min=1e-30)).mul_(1 / beta)
         shrunk_JN = size_JN.sub_(pull_JN).clamp_(min=0).mul_(step_N).copysign_(error_JN)
         scale_N, zero_N = _refit(
-            rounded.codes.float(), w_JN - shrunk_JN, (scale_N, zero_N), scheme, config, stored
+            rounded.codes.float(), w_JN - shrunk_JN, (scale_N, zero_N), scheme, stored
         )
         beta *= config.growth
     return best_scale_N, best_zero_N
@@ -139,7 +138,6 @@ def _refit(
     target_JN: Tensor,
     now: tuple[Tensor, Tensor],
     scheme: Scheme,
-    config: HqqConfig,
     stored: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point by which the codes, held, come nearest to the target."""
@@ -150,10 +148,6 @@ def _refit(
         return _scale(slope_N, scale_N, stored), zero_N
     share = 1 / len(code_JN)
     mean_code_N, mean_N = _sum(code_JN) * share, _sum(target_JN) * share
-    if config.fit_scale:
-        code_JN, target_JN = code_JN - mean_code_N, target_JN - mean_N
-        slope_N = _sum(target_JN.square()) / _sum(code_JN * target_JN)
-        scale_N = _scale(slope_N, scale_N, stored)
     return scale_N, (mean_N - mean_code_N * scale_N).to(stored).float()
 
 

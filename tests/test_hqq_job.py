@@ -108,10 +108,10 @@ def test_what_the_solver_is_told_is_part_of_the_job(job_file: JobFile, tmp_path:
 
 def test_what_the_solver_is_told_reaches_it(job_file: JobFile, tmp_path: Path) -> None:
     plain = tensors_of(run_here(job_of(job_file, tmp_path, "plain", FLOAT_ZERO)).store)
-    told = {**FLOAT_ZERO, "hqq": {"fit_scale": True}}
-    fitted = tensors_of(run_here(job_of(job_file, tmp_path, "fitted", told)).store)
-    name = "model.layers.0.self_attn.q_proj.weight_scale"
-    assert not torch.equal(plain[name], fitted[name])
+    told = {**FLOAT_ZERO, "hqq": {"iterations": 1}}
+    hurried = tensors_of(run_here(job_of(job_file, tmp_path, "hurried", told)).store)
+    name = "model.layers.0.self_attn.q_proj.weight_zero"
+    assert not torch.equal(plain[name], hurried[name])
 
 
 def test_linears_may_be_hqqs_beside_others_gptqs_and_rounded_ones(

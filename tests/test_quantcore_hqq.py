@@ -78,9 +78,6 @@ def naive(w_I: Float, scheme: Scheme, config: HqqConfig, scale: float, zero: flo
         if scheme.zero_point != "float":
             scale = (target_I @ target_I) / (d_I @ target_I)
         else:
-            if config.fit_scale:
-                apart_I = target_I - target_I.mean()
-                scale = (apart_I @ apart_I) / ((d_I - d_I.mean()) @ apart_I)
             zero = (target_I - d_I * scale).mean()
         beta *= config.growth
     return Twin(least, margin > 1e-5 * max(1, high / 8))
@@ -89,7 +86,7 @@ def naive(w_I: Float, scheme: Scheme, config: HqqConfig, scale: float, zero: flo
 CONFIGS = [
     HqqConfig(),
     HqqConfig(norm=1.0, beta=3.0, growth=1.1, iterations=7),
-    HqqConfig(norm=0.5, fit_scale=True),
+    HqqConfig(norm=0.5, beta=10.0),
 ]
 
 
@@ -129,7 +126,6 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Scheme, HqqConfig]:
         beta=draw(st.sampled_from([None, 0.01, 10.0, 1e6])),
         growth=draw(st.sampled_from([1.0, 1.01, 10.0])),
         iterations=draw(st.sampled_from([1, 20])),
-        fit_scale=draw(st.booleans()),
     )
     return w_OI.clamp(-largest, largest).to(dtype), draw(st.sampled_from(FORMS)), config
 
@@ -144,7 +140,7 @@ def test_no_group_is_worse_than_plainly_rounded(case: tuple[Tensor, Scheme, HqqC
     assert (qparams.scale_OG > 0).all() and qparams.zero_OG.dtype == plain.zero_OG.dtype
     if scheme.zero_point == "float":
         assert torch.equal(qparams.zero_OG, qparams.zero_OG.to(w_OI.dtype).float())
-        assert config.fit_scale or torch.equal(qparams.scale_OG, plain.scale_OG)
+        assert torch.equal(qparams.scale_OG, plain.scale_OG)
     else:
         assert torch.equal(qparams.zero_OG, plain.zero_OG)
     codes_OI = quantize(w_OI, qparams, scheme)
@@ -168,14 +164,6 @@ def test_weights_do_not_shrink(scheme: Scheme) -> None:
     """Least squares in the units of the weights would take one per cent of them."""
     w_OI = weights(width=512, heavy=0.0)
     assert (solved(w_OI, scheme) * w_OI).sum() / w_OI.square().sum() == pytest.approx(1, abs=5e-3)
-
-
-def test_fitting_the_scale_beside_a_float_zero_point_helps() -> None:
-    w_OI, scheme = weights(width=512), INT4[2]
-    errors = [
-        (w_OI - solved(w_OI, scheme, HqqConfig(fit_scale=fit))).abs().sum() for fit in (False, True)
-    ]
-    assert errors[1] < 0.99 * errors[0]
 
 
 @pytest.mark.parametrize("scheme", [s for s in FORMS if not s.symmetric], ids=Scheme.label)

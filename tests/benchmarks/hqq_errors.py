@@ -43,17 +43,12 @@ def fitted(w_OI: Tensor, scheme: Scheme) -> Qparams:
     return hqq_qparams(w_OI, scheme, HqqConfig(), stored=w_OI.dtype)
 
 
-def scale_too(w_OI: Tensor, scheme: Scheme) -> Qparams:
-    return hqq_qparams(w_OI, scheme, HqqConfig(fit_scale=True), stored=w_OI.dtype)
-
-
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     if options.peer_python:
-        for bits in (4, 8):
-            for round_zero in (False, True):
-                _print_errors(options, bits, round_zero)
+        for bits, round_zero in ((4, False), (4, True), (8, False)):
+            _print_errors(options, bits, round_zero)
     if options.evaluation:
         _print_perplexity(options)
 
@@ -125,10 +120,7 @@ def _print_perplexity(options: argparse.Namespace) -> None:
     print(f"original {perplexity(_model(options.model), ids):.2f}", flush=True)
     for zero_point in ("none", "int", "float"):
         scheme = Scheme(name="int4", group_size=GROUP, zero_point=zero_point)
-        fits = {"rtn": plain, "hqq": fitted}
-        if zero_point == "float":
-            fits["hqq, fit_scale"] = scale_too
-        for name, fit in fits.items():
+        for name, fit in {"rtn": plain, "hqq": fitted}.items():
             model = _model(options.model)
             for linear in _linears(model).values():
                 w_OI = linear.weight.data
