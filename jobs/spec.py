@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jobs.match import compile_pattern
-from quantcore.schemes import SCHEME_KINDS, Scheme, ZeroPoint
+from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, ZeroPoint
 
-Method = Literal["rtn", "gptq", "smoothquant"]
+Method = Literal["rtn", "gptq", "hqq", "smoothquant"]
+UNCALIBRATED = ("rtn", "hqq")  # methods that look at weights alone
 Dtype = Literal["float32", "bfloat16", "float16"]
 Span = Annotated[int, Field(gt=0)] | Literal["channel", "tensor"]
 
@@ -66,9 +67,17 @@ class GptqSpec(_Section):
     block_columns: Annotated[int, Field(gt=0)] = 128
 
 
+class HqqSpec(_Section):
+    norm: Annotated[float, Field(ge=0.1, le=1)] = 0.7  # p; to the nearest 1/256
+    # in steps of a group's grid; None: 5 where a zero point is fitted, 1 where a scale is
+    beta: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    growth: Annotated[float, Field(ge=1, le=10)] = 1.01  # of beta, by iteration
+    iterations: Annotated[int, Field(gt=0, le=1000)] = 20
+
+
 class SmoothquantSpec(_Section):
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"  # by LinearGroup
-    rounding: Literal["rtn", "gptq"] = "rtn"  # of the smoothed weights
+    rounding: Literal["rtn", "gptq", "hqq"] = "rtn"  # of the smoothed weights
     # linears with no norm of their own before them: left as they are, or a factor on their inputs
     without_norm: Literal["leave", "input_factor"] = "leave"
 
@@ -105,17 +114,17 @@ class QuantizationSpec(_Section):
     method: Method = "gptq"
     range: Literal["search", "minmax"] = "search"  # how GPTQ's scales are set
     gptq: GptqSpec = GptqSpec()
+    hqq: HqqSpec = HqqSpec()
     smoothquant: SmoothquantSpec = SmoothquantSpec()
     overrides: tuple[Override, ...] = ()
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
-        self.scheme_of()
-        for override in self.overrides:
-            if not override.skip:
-                scheme = self.with_override(override)
-                _refuse_smoothing(override.method or self.method, scheme)
-        _refuse_smoothing(self.method, self.scheme_of())
+        for scheme, method in self.choices():
+            _refuse_smoothing(method, scheme)
+            _refuse_fitting(
+                self.smoothquant.rounding if method == "smoothquant" else method, scheme
+            )
         return self
 
     def choices(self) -> Iterator[tuple[Scheme, Method]]:
@@ -180,6 +189,15 @@ def _refuse_smoothing(method: Method, scheme: Scheme) -> None:
         raise ValueError(
             f"method smoothquant helps activations to be rounded, which {scheme.name} leaves as "
             f"they are: write scheme: {suited}, or another method"
+        )
+
+
+def _refuse_fitting(rounding: Method, scheme: Scheme) -> None:
+    if rounding == "hqq" and not isinstance(scheme.grid, IntegerGrid):
+        whole = (name for name, k in SCHEME_KINDS.items() if isinstance(k.weights, IntegerGrid))
+        raise ValueError(
+            f"hqq fits grids of whole codes, and {scheme.name} has none: write scheme: "
+            f"{' or '.join(whole)}, or another method"
         )
 
 
@@ -279,9 +297,9 @@ class JobSpec(_Section):
     @model_validator(mode="after")
     def _calibrated_when_needed(self) -> Self:
         for scheme, method in self.quantization.choices() if self.calibration is None else ():
-            if method != "rtn":
+            if method not in UNCALIBRATED:
                 raise ValueError(
-                    f"method {method} needs texts: add a calibration section, or write rtn"
+                    f"method {method} needs texts: add a calibration section, or write rtn or hqq"
                 )
             if scheme.static:
                 raise ValueError(

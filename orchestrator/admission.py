@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from orchestrator.block import band_count
 from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
+from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.plan import RUN_WEIGHTS, SAMPLE_TOKENS, GroupPlan, Plan
 
 MIB = 2**20
@@ -250,6 +251,15 @@ def _rounding(sizes: Sizes, index: int) -> Parts:
     return {"block": block, "working": 8 * FLOAT32 * largest}
 
 
+def _fitting(sizes: Sizes) -> Parts:
+    """What HQQ has on a device of a linear that no calibration takes there."""
+    plan = sizes.plan
+    mine = (layer for layer in plan.layers() if layer.scheme and plan.rounding(layer) == "hqq")
+    largest = max((layer.out_features * layer.in_features for layer in mine), default=0)
+    chunk = min(largest, CHUNK_OF_A_DEVICE)
+    return {"solve": FLOAT32 * (5 * largest + _COPIES_OF_A_TILE * chunk)} if largest else {}
+
+
 def _evaluation(sizes: Sizes, on_device: bool) -> Parts:
     """The largest variant: all linears as rounded, in float32, and the model that computes."""
     weights = sum(weights_of(block) for block in sizes.plan.blocks)
@@ -302,7 +312,9 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
     if sizes.spec.evaluation is not None:
         phases["evaluate"] = {"model": sizes.model_computing, "logits": _logits(sizes)}
         always = always if sizes.plan.calibration is None else {"context": _CONTEXT}
-    found = {phase: always | parts for phase, parts in (phases or {"round": {}}).items()}
+    if sizes.plan.calibration is None:
+        phases["round"] = _fitting(sizes)
+    found = {phase: always | parts for phase, parts in phases.items()}
     return {phase: _with_crumbs(parts) for phase, parts in found.items()}
 
 

@@ -6,11 +6,12 @@ losses. Tasks of lm-eval are left out: how long they are is not known before. Th
 (workers.probe) puts measured figures in their place.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orchestrator.block import band_count
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
-from workers.plan import SAMPLE_TOKENS, GroupPlan
+from workers.plan import SAMPLE_TOKENS, GroupPlan, LayerPlan
 
 _READ_BYTES_PER_S = 250e6  # of weights, hashed or turned into the compute dtype, by one worker
 _PACKED_WEIGHTS_PER_S = 1e8  # codes to a file's bytes and back, by one worker
@@ -41,6 +42,7 @@ class Rates:
     float32: float  # the same in float32: Hessians and solves
     column_s: float  # seconds for a column of a row tile, beside its products
     weight_s: float  # seconds for a weight whose range is searched
+    fit_s: float  # seconds for a weight in one of HQQ's iterations
     said: str  # where these come from
 
 
@@ -51,7 +53,12 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
         forward = single if dtype == "float32" else half
         said = f"a table's rates for {name}" if name else f"{kind['name']} taken for a slow GPU"
         return Rates(
-            forward=0.5 * forward, float32=0.5 * single, column_s=5e-7, weight_s=2e-11, said=said
+            forward=0.5 * forward,
+            float32=0.5 * single,
+            column_s=5e-7,
+            weight_s=2e-11,
+            fit_s=2e-10,
+            said=said,
         )
     speed = 0.7 * threads  # of a lone product on one core
     single = flops.get("float32", 5e10)
@@ -60,6 +67,7 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
         float32=speed * single,
         column_s=5e-5,
         weight_s=1e-7 / threads,
+        fit_s=1.5e-8 / threads,
         said=f"{single / 1e9:.0f} GFLOP/s measured on one core in float32",
     )
 
@@ -72,7 +80,8 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     if plan.calibration is None:
         read_s = 3 * sum(sizes.block_stored(index) for index in blocks) / _READ_BYTES_PER_S
         pack_s = sum(weights_of(block) for block in plan.blocks) / _PACKED_WEIGHTS_PER_S
-        phases["quantize"] = (read_s + pack_s) / min(workers, len(blocks))
+        fit_s = fit_seconds(sizes, rates, plan.layers())
+        phases["quantize"] = (read_s + pack_s + fit_s) / min(workers, len(blocks))
     elif plan.statistics:
         each_block = (sum(block_seconds(sizes, rates, index).values()) for index in blocks)
         phases["quantize"] = sum(each_block) / min(workers, len(blocks))
@@ -123,11 +132,20 @@ def solve_seconds(sizes: Sizes, rates: Rates, group: GroupPlan) -> float:
     mine = -(-tiles // sizes.hands)
     part = rows * mine / max(tiles, 1)
     width = float(group.in_features)
+    fit_s = fit_seconds(sizes, rates, group.layers) * mine / max(tiles, 1)
     if not sizes.plan.summed(group):
         tries = sizes.plan.alphas_tried(group)
-        return tries * (2 * SAMPLE_TOKENS * rows * width / rates.float32)
+        return fit_s + tries * (2 * SAMPLE_TOKENS * rows * width / rates.float32)
     products = (width**3 + 6 * part * width**2) / rates.float32
-    return products + mine * width * rates.column_s + part * width * rates.weight_s
+    return fit_s + products + mine * width * rates.column_s + part * width * rates.weight_s
+
+
+def fit_seconds(sizes: Sizes, rates: Rates, layers: Iterable[LayerPlan]) -> float:
+    """HQQ's iterations over those of the linears that are its."""
+    plan = sizes.plan
+    mine = [layer for layer in layers if layer.scheme and plan.rounding(layer) == "hqq"]
+    weights = sum(layer.out_features * layer.in_features for layer in mine)
+    return weights * (plan.hqq.iterations + 1) * rates.fit_s
 
 
 def network_bytes(sizes: Sizes, keeps: bool) -> dict[str, int]:

@@ -10,10 +10,11 @@ from quantkernels.bits import CONFIGURATION
 from torch import Tensor
 
 from jobs.match import matches
-from jobs.spec import JobSpec, Override, SmoothquantSpec
+from jobs.spec import UNCALIBRATED, JobSpec, Override, SmoothquantSpec
 from quantcore.errors import Fault
 from quantcore.formats import FORMATS
 from quantcore.gptq import GptqConfig
+from quantcore.hqq import HqqConfig
 from quantcore.schemes import Scheme, dividing_group_sizes
 from workers.architecture import Architecture, LinearInfo
 from workers.plan import (
@@ -105,6 +106,7 @@ def make_plan(
         gptq=GptqConfig(
             damping=gptq.damping, act_order=gptq.act_order, block_columns=gptq.block_columns
         ),
+        hqq=HqqConfig(**spec.quantization.hqq.model_dump()),
         smoothquant=_smoothquant(spec.quantization.smoothquant),
         search_range=spec.quantization.range == "search",
         calibration=spec.calibration,
@@ -157,7 +159,7 @@ def _unsmoothed(spec: JobSpec, blocks: tuple[BlockPlan, ...]) -> Iterator[Fault]
         yield Fault(
             field="quantization.method",
             message="smoothquant finds no norm whose output is read by linears that it is to "
-            "smooth, by all of them and by nothing else: write rtn or gptq",
+            "smooth, by all of them and by nothing else: write rtn, hqq or gptq",
         )
 
 
@@ -209,8 +211,10 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
     if head is None:
         message = "the output head shares the embedding's weight: it cannot be quantized alone"
         return None, [*faults, Fault(field=f"{field}.match", message=message)]
-    if (override.method or spec.quantization.method) != "rtn":
-        message = "the output head stands after the calibrated blocks: write method: rtn for it"
+    if (override.method or spec.quantization.method) not in UNCALIBRATED:
+        message = (
+            "the output head stands after the calibrated blocks: write method: rtn or hqq for it"
+        )
         return None, [*faults, Fault(field=f"{field}.method", message=message)]
     choice = _choose(spec, head)
     if choice.layer.scheme and choice.layer.scheme.static:

@@ -126,7 +126,7 @@ _JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
             }
         },
         2,
-        r"quantization.method: smoothquant finds no norm whose output .*: write rtn or gptq$",
+        r"quantization.method: smoothquant finds no norm whose output .*: write rtn, hqq or gptq$",
     ),
     "store below a file": (
         {"output": {"store": "short.txt/store"}},

@@ -64,7 +64,7 @@ def test_a_scheme_has_its_usual_groups_unless_the_job_says_otherwise(name: str) 
         ({"scheme": "fp3"}, "unknown scheme 'fp3'"),
         ({"group_size": -32}, "greater than 0"),
         ({"group_size": "row"}, "channel"),
-        ({"method": "awq"}, "'rtn', 'gptq' or 'smoothquant'"),
+        ({"method": "awq"}, "'rtn', 'gptq', 'hqq' or 'smoothquant'"),
         ({"range": "mse"}, "'search' or 'minmax'"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_skipped_layer_has_nothing_else_said_of_it(also: dict[str, Any]) -> No
 @pytest.mark.parametrize("overrides", [[], [{"match": "a", "method": "rtn"}]])
 def test_gptq_needs_texts(overrides: list[dict[str, Any]]) -> None:
     section = {"scheme": "int4", "method": "gptq", "overrides": overrides}
-    with pytest.raises(ValidationError, match="add a calibration section, or write rtn"):
+    with pytest.raises(ValidationError, match="add a calibration section, or write rtn or hqq"):
         job(quantization=section)
     assert job(quantization=section, calibration={"text": "t"}).calibration is not None
 

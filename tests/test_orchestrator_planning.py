@@ -173,8 +173,8 @@ def test_the_head_is_quantized_where_an_override_names_it() -> None:
 @pytest.mark.parametrize(
     ("override", "tied", "field", "message"),
     [
-        ({"match": "lm_head", "group_size": 64}, False, "method", "write method: rtn"),
-        ({"match": "lm_head", "method": "gptq"}, False, "method", "write method: rtn"),
+        ({"match": "lm_head", "group_size": 64}, False, "method", "write method: rtn or hqq"),
+        ({"match": "lm_head", "method": "gptq"}, False, "method", "write method: rtn or hqq"),
         ({"match": "lm_head", "method": "rtn"}, True, "match", "shares the embedding's weight"),
         ({"match": "*.embed_tokens", "method": "rtn"}, False, "match", "is an embedding"),
     ],

@@ -10,19 +10,23 @@ import yaml
 
 from orchestrator.fetch import fetch
 from quantcore.formats import native
-from quantcore.schemes import SCHEME_KINDS, FloatGrid, Scheme, every_form
+from quantcore.schemes import SCHEME_KINDS, FloatGrid, IntegerGrid, Scheme, every_form
 from tests.test_orchestrator_job import JobFile, run_here
 from workers.loading import load
 from workers.store import open_store
 
-METHODS = ("rtn", "gptq", "smoothquant")
+METHODS = ("rtn", "gptq", "hqq", "smoothquant")
 
 
 def rows() -> Iterator[tuple[Scheme, str]]:
     for name in SCHEME_KINDS:
         for scheme in every_form(name, [32]):
             for method in METHODS:
-                if method != "smoothquant" or scheme.activations:
+                suits = {
+                    "smoothquant": scheme.activations,
+                    "hqq": isinstance(scheme.grid, IntegerGrid),
+                }
+                if suits.get(method, True):
                     yield scheme, method
 
 

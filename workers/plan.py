@@ -16,6 +16,7 @@ import torch
 
 from jobs.spec import CalibrationSpec, Method
 from quantcore.gptq import GptqConfig
+from quantcore.hqq import HqqConfig
 from quantcore.schemes import Scheme
 from quantcore.smoothing import SEARCHED_ALPHAS, NormRule
 
@@ -27,6 +28,8 @@ BITS_VERSION = 1  # raised by hand whenever the code would give the same job oth
 
 # In a fleet of several kinds bits hang on who did what: such a job promises no same bytes.
 MIXED = {"device": "mixed"}
+
+Rounding = Literal["rtn", "gptq", "hqq"]  # how a layer's weights come to codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class Norm:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmoothquantConfig:
     alphas: tuple[float, ...] = SEARCHED_ALPHAS  # to choose from; a single one is taken as it is
-    rounding: Literal["rtn", "gptq"] = "rtn"  # of the smoothed weights
+    rounding: Rounding = "rtn"  # of the smoothed weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     head: LayerPlan | None  # the output head, where an override asks for it
     gptq: GptqConfig
+    hqq: HqqConfig
     smoothquant: SmoothquantConfig
     search_range: bool
     calibration: CalibrationSpec | None
@@ -151,7 +155,7 @@ class Plan:
         if self.head is not None:
             yield self.head
 
-    def rounding(self, layer: LayerPlan) -> Literal["rtn", "gptq"]:
+    def rounding(self, layer: LayerPlan) -> Rounding:
         """How a layer's weights are rounded, smoothed or not."""
         assert layer.method is not None
         return self.smoothquant.rounding if layer.method == "smoothquant" else layer.method

@@ -21,7 +21,7 @@ from quantcore.errors import StoreError
 from quantcore.formats import FORMATS, QuantizedLinear
 from workers.layout import block_file, hash_file, record_name
 from workers.plan import GroupPlan, LayerPlan, Plan
-from workers.rounding import rounded_stack
+from workers.rounding import fitted_stack
 from workers.sources import ModelSource
 from workers.store import Store
 from workers.tasks import SolvedGroup
@@ -139,12 +139,15 @@ def encode_solved(
     return tensors, lines
 
 
-def encode_rounded(plan: Plan, groups: Iterable[GroupPlan], source: ModelSource) -> Encoded:
-    """Plain rounding of some linears: nearest codes, ranges from the extremes."""
+def encode_rounded(
+    plan: Plan, groups: Iterable[GroupPlan], source: ModelSource, device: torch.device
+) -> Encoded:
+    """Some linears by nearest codes, on grids from the extremes or as HQQ fits them."""
     tensors: dict[str, Tensor] = {}
     lines = []
     stacks = (stack for group in groups for stack in group.stacks())
-    for layer, w_OI, linear in (row for stack in stacks for row in rounded_stack(stack, source)):
+    rows = (row for stack in stacks for row in fitted_stack(plan, stack, source, device))
+    for layer, w_OI, linear in rows:
         tensors |= _encoded(plan, layer, linear, source)
         delta_OI = w_OI.float() - dequantize(linear.codes_OI, linear.qparams, linear.scheme)
         norm = w_OI.float().norm().item()

@@ -17,6 +17,7 @@ from quantcore.errors import SolveError
 from quantcore.gptq import Factor, factorize, solve
 from quantcore.schemes import Scheme
 from workers.plan import RUN_WEIGHTS, LayerPlan, Plan
+from workers.rounding import grid_of
 from workers.smoothing import GroupInputs, smooth_group
 from workers.sources import ModelSource
 from workers.statistics import GroupStatistics
@@ -142,7 +143,7 @@ def _solve_tile(
             qparams = choose_qparams(w_OI, scheme, stored=stored, largest=largest)
         codes_OI = solve(w_OI, qparams, scheme, known.factor, plan.gptq.block_columns)
     else:
-        qparams = choose_qparams(w_OI, scheme, stored=stored, largest=largest)
+        qparams = grid_of(plan, layer, w_OI, stored=stored, largest=largest)
         codes_OI = quantize(w_OI, qparams, scheme)
     error_O, output_O = _errors(w_OI.float(), dequantize(codes_OI, qparams, scheme), scheme, known)
     return SolvedTile(

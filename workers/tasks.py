@@ -153,7 +153,7 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Quantize a block by plain rounding and publish it: no calibration needed."""
+    """Quantize a block by rounding alone, plain or HQQ's, and publish it: no calibration needed."""
 
     block: int
     epoch: int

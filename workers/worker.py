@@ -180,13 +180,13 @@ class Worker:
                 return self._boundary(task)
             case Round(block, epoch):
                 groups = self._plan.blocks[block].groups
-                encoded = encode_rounded(self._plan, groups, self._source)
+                encoded = encode_rounded(self._plan, groups, self._source, self.device)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
             case Quantize():
                 return self._quantize(task)
             case CopyOutside(epoch):
                 head = [GroupPlan((self._plan.head,))] if self._plan.head else []
-                encoded = encode_rounded(self._plan, head, self._source)
+                encoded = encode_rounded(self._plan, head, self._source, self.device)
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():
                 return self._evaluate(task)
