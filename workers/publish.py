@@ -139,7 +139,8 @@ def encode_rounded(plan: Plan, groups: Iterable[GroupPlan], source: ModelSource)
     tensors: dict[str, Tensor] = {}
     lines = []
     stacks = (stack for group in groups for stack in group.stacks())
-    for layer, w_OI, linear in (row for stack in stacks for row in rounded_stack(stack, source)):
+    rows = (row for stack in stacks for row in rounded_stack(stack, source, plan.format))
+    for layer, w_OI, linear in rows:
         tensors |= _encoded(plan, layer, linear, source)
         delta_OI = w_OI.float() - dequantize(linear.codes_OI, linear.qparams, linear.scheme)
         norm = w_OI.float().norm().item()

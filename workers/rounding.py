@@ -5,20 +5,21 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from quantcore.affine import choose_qparams, quantize
-from quantcore.formats import QuantizedLinear
+from quantcore.formats import FORMATS, QuantizedLinear
 from workers.plan import LayerPlan
 from workers.sources import ModelSource
 
 
 def rounded_stack(
-    stack: list[LayerPlan], source: ModelSource
+    stack: list[LayerPlan], source: ModelSource, form: str
 ) -> Iterator[tuple[LayerPlan, Tensor, QuantizedLinear]]:
-    """Each linear of a stack with its weight as stored, and rounded to the nearest codes."""
+    """Each linear of a stack with its weight as the source has it, and rounded as `form` can."""
     largest = _largest(stack, source)
     for layer in stack:
         assert layer.scheme is not None
         ((_, w_OI),) = source.read([f"{layer.name}.weight"])
         qparams = choose_qparams(w_OI, layer.scheme, stored=w_OI.dtype, largest=largest)
+        qparams = FORMATS[form].storable(qparams, layer.scheme, w_OI.dtype)
         codes_OI = quantize(w_OI, qparams, layer.scheme)
         yield layer, w_OI, QuantizedLinear(codes_OI, qparams, layer.scheme)
 
