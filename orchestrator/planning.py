@@ -222,7 +222,7 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
     if choice.layer.scheme and choice.layer.scheme.static:
         message = "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
         return None, [*faults, Fault(field=f"{field}.scheme", message=message)]
-    return choice.layer, [*faults, *_indivisible([choice])]
+    return choice.layer, [*faults, *_refused(spec, [choice]), *_indivisible([choice])]
 
 
 def _names_exactly(override: Override, architecture: Architecture) -> bool:

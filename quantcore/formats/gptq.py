@@ -80,8 +80,8 @@ def _shape_refusal(scheme: Scheme, out_features: int, in_features: int) -> str |
     codes = 32 // scheme.bits
     if out_features % codes or in_features % codes:
         return (
-            f"gptq packs {codes} codes into a word, and {out_features} x {in_features} weights "
-            "do not fill theirs: write skip: true for it, or output.format: compressed-tensors"
+            f"gptq packs {codes} codes into a word, of outputs as of inputs, and there are no such "
+            "multiples: write skip: true for it, or output.format: compressed-tensors"
         )
     return None
 
