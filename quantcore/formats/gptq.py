@@ -1,4 +1,4 @@
-"""The gptq format, which GPTQModel, vLLM, SGLang, exllama and, with optimum, transformers load.
+"""The gptq format, which GPTQModel, vLLM and, with optimum, transformers load.
 
     NAME.qweight   int32 (I * bits / 32, O): codes along the inputs, the first input lowest
     NAME.qzeros    int32 (G, O * bits / 32): zero points along the outputs, in the same order
@@ -7,10 +7,10 @@
 
 Codes are unsigned, w = scale * (code - zero): ours, and their zero points, moved up by
 2**(bits-1), which is itself the zero point of a symmetric grid. Version 1 stores a zero point less
-one; version 2 (checkpoint_format gptq_v2) as it is. The first readers added the one by fields, with
-or without a carry out of the last bit, later ones by whole words: of a zero point of 0 they make 0,
-16, or another neighbour. A symmetric grid has no such, so version 1 is for these alone; GPTQModel
-refuses others in it too, but from itself.
+one; version 2 (checkpoint_format gptq_v2) as it is. Readers of version 1 add the one by fields, and
+drop a carry or don't, or by words, where it runs into a neighbour: they disagree on a zero point of
+0. A symmetric grid has no such, so version 1 is for these alone. GPTQModel refuses all others in
+it that it did not write itself, and vLLM has no kernels for them in either version.
 
 Scales are float16 in all such checkpoints, whatever the model computes in. They are rounded to the
 model's dtype first: of a bfloat16 model, what float16 holds is then a bfloat16, and an engine that
