@@ -157,16 +157,17 @@ def test_vllm_computes_what_transformers_computes(
     tokens = served["tokens"]
     assert len(tokens) == TOKENS
 
+    # Logprobs here spread by 1.3. Rounding activations goes another way after each last bit:
+    # between bfloat16 and float32, both in transformers, int8_dynamic differs by 0.06 and
+    # float8_dynamic, with its three bits of a mantissa, by 0.16.
+    looser = 2 if quantization["scheme"].startswith("float8") else 1
     ours = logprobs(folder, PROMPT + tokens)
     chosen = ours[len(PROMPT) - 1 : -1]
     regret = chosen.max(-1).values - chosen[range(TOKENS), tokens]
-    assert regret.max() < 0.3  # greedy for both, but for near ties
-
-    # Logprobs here spread by 1.3. Rounding activations to int8 is most of what int8_dynamic
-    # changes, and it goes another way after each last bit: 0.07 between vLLM and transformers.
+    assert regret.max() < 0.3 * looser  # greedy for both, but for near ties
     prompt = range(len(PROMPT) - 1), PROMPT[1:]
     apart = (torch.tensor(served["prompt_logprobs"]) - ours[prompt]).abs().mean()
-    assert apart < 0.15
+    assert apart < 0.15 * looser
     if quantization["scheme"] == "int4":  # the stored weights, not just some like them
         original = logprobs(source, PROMPT)
         assert apart < (original[prompt] - ours[prompt]).abs().mean() / 4
