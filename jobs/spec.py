@@ -264,7 +264,7 @@ class WorkersSpec(_Section):
 
 class OutputSpec(_Section):
     store: StoreUrl  # a folder (relative to the job file) or s3://bucket/path
-    format: Literal["compressed-tensors", "native"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "native"] = "compressed-tensors"
     conditional_writes: bool = True  # false: for a store that has none; one driver at a time
 
 

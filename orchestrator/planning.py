@@ -211,6 +211,12 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
     if head is None:
         message = "the output head shares the embedding's weight: it cannot be quantized alone"
         return None, [*faults, Fault(field=f"{field}.match", message=message)]
+    if not FORMATS[spec.output.format].output_head:
+        message = (
+            f"transformers loads no quantized output head from {spec.output.format}: leave this "
+            "out, or write output.format: compressed-tensors"
+        )
+        return None, [*faults, Fault(field=f"{field}.match", message=message)]
     if (override.method or spec.quantization.method) not in UNCALIBRATED:
         message = (
             "the output head stands after the calibrated blocks: write method: rtn or hqq for it"
@@ -220,7 +226,7 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
     if choice.layer.scheme and choice.layer.scheme.static:
         message = "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
         return None, [*faults, Fault(field=f"{field}.scheme", message=message)]
-    return choice.layer, [*faults, *_indivisible([choice])]
+    return choice.layer, [*faults, *_refused(spec, [choice]), *_indivisible([choice])]
 
 
 def _names_exactly(override: Override, architecture: Architecture) -> bool:
@@ -244,16 +250,18 @@ def _unmatched(spec: JobSpec, architecture: Architecture) -> Iterator[Fault]:
 
 
 def _refused(spec: JobSpec, choices: list[_Choice]) -> Iterator[Fault]:
-    refusal = FORMATS[spec.output.format].refusal
+    form = FORMATS[spec.output.format]
     seen = set()
     for choice in choices:
-        if choice.layer.scheme is None:
+        layer = choice.layer
+        if layer.scheme is None:
             continue
-        message = refusal(choice.info.kind, choice.layer.scheme)
+        message = form.refusal(choice.info.kind, layer.scheme)
+        message = message or form.shape_refusal(layer.scheme, layer.out_features, layer.in_features)
         if message and (choice.place("scheme"), message) not in seen:
             seen.add((choice.place("scheme"), message))
             where = choice.place("scheme")
-            yield Fault(field=where, message=f"{message} (first: '{choice.layer.name}')")
+            yield Fault(field=where, message=f"{message} (first: '{layer.name}')")
 
 
 def _indivisible(choices: Iterable[_Choice]) -> list[Fault]:

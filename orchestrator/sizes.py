@@ -231,11 +231,13 @@ class Sizes:
 def quantized_bytes(layer: LayerPlan, scale_item: int, form: str) -> int:
     """A linear as it is published: codes in whole words, scales, zero points at most."""
     assert layer.scheme is not None
-    words = -(-layer.in_features * FORMATS[form].code_bits(layer.scheme) // 32)
-    groups = layer.scheme.groups_of(layer.in_features)
-    zero = {"none": 0, "int": _ZERO_POINTS, "float": scale_item}[layer.scheme.zero_point]
+    scheme, out_features, in_features = layer.scheme, layer.out_features, layer.in_features
+    words = -(-in_features * FORMATS[form].code_bits(scheme) // 32)
+    groups = scheme.groups_of(in_features)
+    zero = {"none": 0, "int": _ZERO_POINTS, "float": scale_item}[scheme.zero_point]
     each_row = 4 * words + groups * (scale_item + zero)
-    return layer.out_features * each_row + 3 * _HEADER
+    other = FORMATS[form].other_bytes(scheme, out_features, in_features)
+    return out_features * each_row + other + 3 * _HEADER
 
 
 def gib(num_bytes: int) -> str:

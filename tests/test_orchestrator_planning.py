@@ -194,6 +194,45 @@ def test_groups_must_divide_the_head_too() -> None:
     assert "'lm_head'" in fault.message
 
 
+def test_the_head_is_held_to_what_the_format_carries() -> None:
+    head = {"match": "lm_head", "method": "rtn", "symmetric": False, "zero_point": "float"}
+    fault = faults_of(quantized(overrides=[head]))[0]
+    assert fault.field == "quantization.overrides.0"
+    assert "output.format: native (first: 'lm_head')" in fault.message
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_gptq_takes_no_output_head(form: str) -> None:
+    spec = job_spec(
+        quantization={"scheme": "int4", "overrides": [{"match": "lm_head", "method": "rtn"}]},
+        output={"store": "/store", "format": form},
+    )
+    (fault,) = faults_of(spec)
+    assert fault.field == "quantization.overrides.0.match"
+    assert fault.message.endswith("leave this out, or write output.format: compressed-tensors")
+
+
+@pytest.mark.parametrize("match", ["*.q_proj", "*.up_proj"])
+def test_gptq_models_must_not_split_what_engines_fuse_either(match: str) -> None:
+    spec = job_spec(
+        quantization={"scheme": "int4", "overrides": [{"match": match, "group_size": 64}]},
+        output={"store": "/store", "format": "gptq"},
+    )
+    (fault,) = faults_of(spec)
+    assert "which engines load as one matrix" in fault.message
+
+
+def test_shapes_that_the_format_cannot_pack_are_refused_once() -> None:
+    spec = job_spec(
+        quantization={"scheme": "int4", "group_size": "channel"},
+        output={"store": "/store", "format": "gptq"},
+    )
+    (fault,) = faults_of(spec, architecture(hidden=100))
+    assert fault.field == "quantization.scheme"
+    assert "packs 8 codes into a word" in fault.message
+    assert "(first: 'model.layers.0.self_attn.q_proj')" in fault.message
+
+
 def test_a_job_that_skips_everything_is_refused() -> None:
     (fault,) = faults_of(quantized(overrides=[{"match": "*", "skip": True}]))
     assert (fault.field, fault.message) == (

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from quantcore.activations import fake_quantize
-from quantcore.affine import choose_qparams, dequantize, quantize, search_qparams
+from quantcore.affine import dequantize, quantize, search_qparams
 from quantcore.errors import SolveError
+from quantcore.formats import FORMATS
 from quantcore.gptq import Factor, factorize, solve
 from quantcore.schemes import Scheme
 from workers.plan import RUN_WEIGHTS, LayerPlan, Plan
@@ -135,15 +136,16 @@ def _solve_tile(
     assert scheme is not None
     if known.inputs is not None:
         w_OI = w_OI.float() * known.inputs.factor_I
-    if plan.rounding(layer) == "gptq" and known.factor is not None:
+    factor = known.factor if plan.rounding(layer) == "gptq" else None
+    if factor is not None and plan.search_range and scheme.searchable:
         assert known.h_II is not None
-        if plan.search_range and scheme.searchable:
-            qparams = search_qparams(w_OI, known.h_II.diagonal(), scheme, stored=stored)
-        else:
-            qparams = choose_qparams(w_OI, scheme, stored=stored, largest=largest)
-        codes_OI = solve(w_OI, qparams, scheme, known.factor, plan.gptq.block_columns)
+        qparams = search_qparams(w_OI, known.h_II.diagonal(), scheme, stored=stored)
     else:
         qparams = grid_of(plan, layer, w_OI, stored=stored, largest=largest)
+    qparams = FORMATS[plan.format].storable(qparams, scheme, stored)
+    if factor is not None:
+        codes_OI = solve(w_OI, qparams, scheme, factor, plan.gptq.block_columns)
+    else:
         codes_OI = quantize(w_OI, qparams, scheme)
     error_O, output_O = _errors(w_OI.float(), dequantize(codes_OI, qparams, scheme), scheme, known)
     return SolvedTile(

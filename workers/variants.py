@@ -36,7 +36,8 @@ def rounded(source: ModelSource, dtype: torch.dtype, plan: Plan) -> Any:
     groups = [group for block in plan.blocks for group in block.groups]
     groups += [GroupPlan((plan.head,))] if plan.head else []
     stacks = (stack for group in groups for stack in group.stacks())
-    for layer, _, linear in (row for stack in stacks for row in rounded_stack(stack, source)):
+    rows = (row for stack in stacks for row in rounded_stack(stack, source, plan.format))
+    for layer, _, linear in rows:
         weight_OI = dequantize(linear.codes_OI, linear.qparams, linear.scheme)
         replace[f"{layer.name}.weight"] = weight_OI
         served[layer.name] = linear.scheme

@@ -45,14 +45,22 @@ def int8_codes(stored: Tensor) -> Tensor:
 class Format:
     # why a linear of this class under this scheme cannot be stored; None if it can
     refusal: Callable[[str, Scheme], str | None]
+    # why it cannot have so many outputs and inputs; None if it can
+    shape_refusal: Callable[[Scheme, int, int], str | None]
     # why these schemes cannot stand in one artifact; None if they can
     refusal_together: Callable[[frozenset[Scheme]], str | None]
     # names of linears that engines load as one matrix: all under one scheme, or all skipped
     fused: tuple[frozenset[str], ...]
     # whether a linear's inputs may be divided by a factor of their own
     input_factors: bool
+    # whether the output head may be quantized
+    output_head: bool
+    # scales and zero points as they can be stored, given the dtype of the model's own weights
+    storable: Callable[[Qparams, Scheme, torch.dtype], Qparams]
     # of one weight as stored
     code_bits: Callable[[Scheme], int]
+    # of a linear with so many outputs and inputs: beside codes, scales and zero points of its own
+    other_bytes: Callable[[Scheme, int, int], int]
     # tensors by their name after the module's, scales in the dtype given
     encode: Callable[[QuantizedLinear, torch.dtype], dict[str, Tensor]]
     # the weight that an engine would compute with, from the stored bytes and in_features: float32

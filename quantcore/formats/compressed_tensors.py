@@ -149,13 +149,17 @@ def _type(grid: Grid) -> str:
 
 FORMAT = Format(
     refusal=_refusal,
+    shape_refusal=lambda scheme, out_features, in_features: None,
     refusal_together=_refusal_together,
     fused=(
         frozenset({"q_proj", "k_proj", "v_proj"}),
         frozenset({"gate_proj", "up_proj"}),
     ),
     input_factors=False,
+    output_head=True,
+    storable=lambda qparams, scheme, stored: qparams,
     code_bits=lambda scheme: scheme.bits if _storage(scheme) == _PACKED else 8,
+    other_bytes=lambda scheme, out_features, in_features: 0,
     encode=_encode,
     decode=_decode,
     config=_config,

@@ -110,10 +110,14 @@ def _refusal(module_kind: str, scheme: Scheme) -> str | None:
 
 FORMAT = Format(
     refusal=_refusal,
+    shape_refusal=lambda scheme, out_features, in_features: None,
     refusal_together=lambda schemes: None,
     fused=(),
     input_factors=True,
+    output_head=True,
+    storable=lambda qparams, scheme, stored: qparams,
     code_bits=lambda scheme: scheme.bits,
+    other_bytes=lambda scheme, out_features, in_features: 0,
     encode=encode,
     decode=_decode,
     config=_config,
