@@ -59,8 +59,8 @@ def float8_by_float8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | Non
     y_TO = torch._scaled_mm(
         served.codes_TI.view(activations.grid.dtype),
         weight.codes.contiguous().t(),
-        served.scale.expand(x_TI.shape[0], 1).contiguous(),
-        weight.scale.float().t().contiguous(),
+        served.scale.reshape(-1, 1).expand(x_TI.shape[0], 1).contiguous(),
+        weight.scale.float().reshape(1, -1),
         out_dtype=torch.bfloat16,
     )
     return with_bias(y_TO, bias_O)

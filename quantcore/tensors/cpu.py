@@ -79,7 +79,7 @@ def int8_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -
 
 
 def takes_float8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype in _FLOATS
+    return x_TI.dtype in _FLOATS and x_TI.shape[0] > 0
 
 
 def float8_by_float8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
@@ -90,8 +90,8 @@ def float8_by_float8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | Non
     y_TO = torch._scaled_mm(
         served.codes_TI.view(activations.grid.dtype),
         weight.codes.t(),
-        served.scale.expand(x_TI.shape[0], 1).contiguous(),
-        weight.scale.float().t().contiguous(),
+        served.scale.reshape(-1, 1).expand(x_TI.shape[0], 1).contiguous(),
+        weight.scale.float().reshape(1, -1),
         out_dtype=torch.float32,
     )
     return with_bias(y_TO, bias_O).to(x_TI.dtype)
