@@ -34,6 +34,7 @@ CASES = [
         (Scheme(name="float8_static"), Layout.PLAIN),
     )
 ]
+SLOW = [pytest.param(*c.values, marks=pytest.mark.slow, id=f"slow {c.id}") for c in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -123,7 +124,7 @@ def test_every_kind_is_exported_for_any_number_of_tokens(scheme: Scheme, layout:
 
 @pytest.mark.parametrize(
     ("scheme", "layout"),
-    [CASES[1], *(pytest.param(*c.values, marks=pytest.mark.slow) for c in CASES)],
+    [CASES[1], *SLOW],
 )
 def test_aot_inductor_packages_it(scheme: Scheme, layout: Layout, tmp_path: Path) -> None:
     net = Net(scheme, layout).eval()
