@@ -54,6 +54,7 @@ def test_the_legal_pairs_of_layout_and_zero_point(layout: Layout, zero_point: Ze
         Layout.INT4_CPU: {"none", "float"},
         Layout.INT4_DYNAMIC_CPU: {"none"},
         Layout.SPARSE_24: {"none"},
+        Layout.SPARSE_24_CUDA: {"none"},
     }
     assert set(LAYOUTS[layout].zero_points) == legal[layout]
     name = (LAYOUTS[layout].schemes or ("int4",))[0]
@@ -61,7 +62,10 @@ def test_the_legal_pairs_of_layout_and_zero_point(layout: Layout, zero_point: Ze
         return
     scheme = Scheme(name=name, group_size=32, zero_point=zero_point)
     weight = QuantizedTensor.of(linear(scheme, 32, 64, sparse=True), torch.bfloat16)
-    if zero_point in legal[layout]:
+    if layout == Layout.SPARSE_24_CUDA:
+        with pytest.raises(QuantizationError, match="is of the cuda, not of cpu"):
+            relayout(weight, layout)
+    elif zero_point in legal[layout]:
         assert relayout(weight, layout).layout_name == layout
     else:
         with pytest.raises(QuantizationError, match=rf"'{layout}' .*write zero_point 'none'"):

@@ -16,6 +16,7 @@ from quantcore.tensors.tensor import QuantizedTensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_ROWS = 32  # cuBLAS multiplies 17 rows of bytes or more
+_SPARSE_ROWS = 16  # cuSPARSELt multiplies by multiples of this
 
 
 def takes_int4(x_TI: Tensor, weight: QuantizedTensor) -> bool:
@@ -41,6 +42,19 @@ def int8_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -
         codes_TI = torch.nn.functional.pad(codes_TI, (0, 0, 0, _LEAST_ROWS - tokens))
     sums_TO = torch._int_mm(codes_TI, weight.codes.contiguous().t())[:tokens]
     y_TO = sums_TO.float() * served.scale * weight.scale[:, 0].float()
+    return with_bias(y_TO, bias_O).to(x_TI.dtype)
+
+
+def takes_sparse(x_TI: Tensor, weight: QuantizedTensor) -> bool:
+    return x_TI.dtype in _FLOATS and x_TI.shape[0] > 0
+
+
+def sparse_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
+    tokens = x_TI.shape[0]
+    served = served_inputs(x_TI, weight.scheme, weight.input_scale)
+    codes_TI = torch.nn.functional.pad(served.codes_TI, (0, 0, 0, -tokens % _SPARSE_ROWS))
+    sums_OT = torch._cslt_sparse_mm(weight.codes, codes_TI.t(), out_dtype=torch.int32)
+    y_TO = sums_OT.t()[:tokens].float() * served.scale * weight.scale[:, 0].float()
     return with_bias(y_TO, bias_O).to(x_TI.dtype)
 
 

@@ -50,6 +50,7 @@ _INT8_BY_INT8_CPU = Kernel(cpu.takes_int8_by_int8, cpu.int8_by_int8)
 _FLOAT8_CPU = Kernel(cpu.takes_float8, cpu.float8_by_float8)
 _INT4_TILED = Kernel(accelerator.takes_int4, accelerator.int4)
 _INT8_BY_INT8 = Kernel(accelerator.takes_int8_by_int8, accelerator.int8_by_int8)
+_SPARSE_BY_INT8 = Kernel(accelerator.takes_sparse, accelerator.sparse_by_int8)
 _FLOAT8 = Kernel(accelerator.takes_float8, accelerator.float8_by_float8)
 
 KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
@@ -62,6 +63,8 @@ KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
     ("cpu", Layout.SPARSE_24, "int8_static"): (_INT8_BY_INT8_CPU,),
     ("cpu", Layout.PLAIN, "float8_dynamic"): (_FLOAT8_CPU,),
     ("cpu", Layout.PLAIN, "float8_static"): (_FLOAT8_CPU,),
+    ("cuda", Layout.SPARSE_24_CUDA, "int8_dynamic"): (_SPARSE_BY_INT8,),
+    ("cuda", Layout.SPARSE_24_CUDA, "int8_static"): (_SPARSE_BY_INT8,),
 }
 for _device in ("cuda", "xpu"):  # an XPU was never at hand
     KERNELS |= {

@@ -8,7 +8,9 @@
     int4_dynamic_cpu     4-bit codes and scales as torch's CPU kernel for inputs in 8 bits wants
                          them; on ARM that is KleidiAI's. These bytes hang on the CPU as well
     sparse_24            of every four neighbours in a row the two that are not zero, and where they
-                         stood: 8-bit codes of a pruned weight
+                         stood: 8-bit codes of a pruned weight. Made dense again to be multiplied:
+                         torch has no sparse kernel for integers but cuSPARSELt's
+    sparse_24_cuda       the same, compressed by cuSPARSELt, which multiplies by it
 
 Shape suffixes: O = out_features, I = in_features.
 """
@@ -25,6 +27,7 @@ class Layout(StrEnum):
     INT4_CPU = "int4_cpu"
     INT4_DYNAMIC_CPU = "int4_dynamic_cpu"
     SPARSE_24 = "sparse_24"
+    SPARSE_24_CUDA = "sparse_24_cuda"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class LayoutRule:
     columns_multiple: int = 1
     dtypes: tuple[str, ...] = ()  # of what the weight reads back as
     devices: tuple[str, ...] = ()
-    portable: bool = True  # whether its bytes mean the same on another machine
+    portable: bool = True  # whether its bytes mean the same on any machine
 
 
 _INT4_GROUPS = (32, 64, 128, 256)
@@ -76,6 +79,14 @@ LAYOUTS: dict[Layout, LayoutRule] = {
         zero_points=("none",),
         schemes=("int8", "int8_dynamic", "int8_static"),
         columns_multiple=8,
+    ),
+    Layout.SPARSE_24_CUDA: LayoutRule(
+        zero_points=("none",),
+        schemes=("int8_dynamic", "int8_static"),
+        rows_multiple=32,
+        columns_multiple=32,
+        devices=("cuda",),
+        portable=False,
     ),
 }
 

@@ -201,16 +201,22 @@ def _unpack_int4_dynamic(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
     return codes_OGI.reshape(rows, columns).to(torch.int8), qparams
 
 
-def _pack_sparse(weight: QuantizedTensor) -> dict[str, Tensor]:
+def _fours(weight: QuantizedTensor, layout: Layout) -> Tensor:
+    """Codes by fours, (O, I / 4, 4), with at most two in each that are not zero."""
     rows, columns = weight.facts.features
-    codes_OJ4 = _plain_codes(weight).reshape(rows, -1, 4)
+    codes_OJ4 = _plain_codes(weight).reshape(rows, columns // 4, 4)
     crowded = int(((codes_OJ4 != 0).sum(-1) > 2).sum().item())
     if crowded:
         raise QuantizationError(
-            f"layout 'sparse_24' holds two numbers of every four, and {crowded} of "
-            f"{codes_OJ4.shape[0] * codes_OJ4.shape[1]} have more: write pruned_24(weight) "
-            "before it is quantized"
+            f"layout '{layout}' holds two numbers of every four, and {crowded} of "
+            f"{rows * columns // 4} have more: write pruned_24(weight) before it is quantized"
         )
+    return codes_OJ4
+
+
+def _pack_sparse(weight: QuantizedTensor) -> dict[str, Tensor]:
+    rows, columns = weight.facts.features
+    codes_OJ4 = _fours(weight, Layout.SPARSE_24)
     # the first two that are not zero; where there are fewer, zeros stand in, in rising order
     order_OJ4 = (codes_OJ4 == 0).to(torch.int8).argsort(dim=-1, stable=True)
     kept_OJ2 = order_OJ4[..., :2].sort(dim=-1).values
@@ -234,6 +240,21 @@ def _unpack_sparse(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
     return dense_OJ4.reshape(rows, columns), _qparams(weight)
 
 
+def _pack_sparse_cuda(weight: QuantizedTensor) -> dict[str, Tensor]:
+    if not torch.backends.cusparselt.is_available():
+        raise QuantizationError("layout 'sparse_24_cuda' needs cuSPARSELt: write 'sparse_24'")
+    codes_OI = _fours(weight, Layout.SPARSE_24_CUDA).flatten(1)
+    return {"codes": torch._cslt_compress(codes_OI), "scale": weight.scale}
+
+
+def _unpack_sparse_cuda(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
+    """How cuSPARSELt packs is its own affair: multiplied by the identity, it gives exact codes."""
+    columns = weight.facts.features[1]
+    eye_II = torch.eye(columns, dtype=torch.int8, device=weight.codes.device)
+    codes_OI = torch._cslt_sparse_mm(weight.codes, eye_II.t(), out_dtype=torch.int32)
+    return codes_OI.to(torch.int8), _qparams(weight)
+
+
 def pruned_24(w_OI: Tensor) -> Tensor:
     """The weight with the two smallest of every four neighbours in a row set to zero."""
     rows, columns = w_OI.shape
@@ -248,4 +269,5 @@ PACKINGS: dict[Layout, Packing] = {
     Layout.INT4_CPU: Packing(_pack_int4_cpu, _unpack_int4_cpu),
     Layout.INT4_DYNAMIC_CPU: Packing(_pack_int4_dynamic, _unpack_int4_dynamic),
     Layout.SPARSE_24: Packing(_pack_sparse, _unpack_sparse),
+    Layout.SPARSE_24_CUDA: Packing(_pack_sparse_cuda, _unpack_sparse_cuda),
 }
