@@ -20,7 +20,8 @@ _SPARSE_ROWS = 16  # cuSPARSELt multiplies by multiples of this
 
 
 def takes_int4(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype == torch.bfloat16 and x_TI.shape[0] > 0
+    """ROCm, which calls itself CUDA, has other tiles."""
+    return x_TI.dtype == torch.bfloat16 and x_TI.shape[0] > 0 and torch.version.hip is None
 
 
 def int4(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
@@ -60,9 +61,8 @@ def sparse_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None)
 
 def takes_float8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
     rows, columns = weight.facts.features
-    return (
-        x_TI.dtype == torch.bfloat16 and rows % 16 == 0 and columns % 16 == 0 and x_TI.shape[0] > 0
-    )
+    fits = rows % 16 == 0 and columns % 16 == 0 and x_TI.shape[0] > 0
+    return fits and x_TI.dtype == torch.bfloat16 and torch.version.hip is None
 
 
 def float8_by_float8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:

@@ -63,12 +63,12 @@ KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
     ("cpu", Layout.SPARSE_24, "int8_static"): (_INT8_BY_INT8_CPU,),
     ("cpu", Layout.PLAIN, "float8_dynamic"): (_FLOAT8_CPU,),
     ("cpu", Layout.PLAIN, "float8_static"): (_FLOAT8_CPU,),
+    ("cuda", Layout.TENSOR_CORE_TILED, "int4"): (_INT4_TILED,),
     ("cuda", Layout.SPARSE_24_CUDA, "int8_dynamic"): (_SPARSE_BY_INT8,),
     ("cuda", Layout.SPARSE_24_CUDA, "int8_static"): (_SPARSE_BY_INT8,),
 }
-for _device in ("cuda", "xpu"):  # an XPU was never at hand
+for _device in ("cuda", "xpu"):  # an XPU was never at hand; its own int4 tiles are others
     KERNELS |= {
-        (_device, Layout.TENSOR_CORE_TILED, "int4"): (_INT4_TILED,),
         (_device, Layout.PLAIN, "int8_dynamic"): (_INT8_BY_INT8,),
         (_device, Layout.PLAIN, "int8_static"): (_INT8_BY_INT8,),
         (_device, Layout.PLAIN, "float8_dynamic"): (_FLOAT8,),
