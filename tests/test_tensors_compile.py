@@ -49,7 +49,7 @@ class Net(nn.Module):
         self.down = nn.Linear(32, 32, bias=False, dtype=dtype)
         sparse = layout == Layout.SPARSE_24
         for module, columns in ((self.up, 64), (self.down, 32)):
-            ours = linear(scheme, 32, columns, factor=columns == 64, sparse=sparse)
+            ours = linear(scheme, 32, columns, stored=dtype, factor=columns == 64, sparse=sparse)
             module.weight = nn.Parameter(laid(ours, dtype, layout), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
