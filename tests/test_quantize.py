@@ -96,6 +96,7 @@ def test_one_line_quantizes_a_model(layer: Layer) -> None:
 
 
 def test_a_filter_picks_and_the_rest_may_have_another_scheme(layer: Layer) -> None:
+    layer.bfloat16()
     assert quantize_(layer, "int8", lambda name, _: name == "o_proj") == ["o_proj"]
     assert type(layer.q_proj.weight) is nn.Parameter
     rest = quantize_(layer, "int4", group_size=32, zero_point="float", layout="int4_cpu")

@@ -34,6 +34,7 @@ CASES = [
         (Scheme(name="float8_static"), Layout.PLAIN),
     )
 ]
+HALF = (Layout.TENSOR_CORE_TILED, Layout.INT4_CPU)
 SLOW = [pytest.param(*c.values, marks=pytest.mark.slow, id=f"slow {c.id}") for c in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,7 +44,7 @@ class Net(nn.Module):
 
     def __init__(self, scheme: Scheme, layout: Layout) -> None:
         super().__init__()
-        dtype = torch.bfloat16 if layout == Layout.TENSOR_CORE_TILED else torch.float32
+        dtype = torch.bfloat16 if layout in HALF or scheme.name == "int8" else torch.float32
         self.dtype = dtype
         self.up = nn.Linear(64, 32, dtype=dtype)
         self.down = nn.Linear(32, 32, bias=False, dtype=dtype)

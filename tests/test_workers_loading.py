@@ -97,14 +97,15 @@ def test_a_loaded_model_holds_what_is_stored(
 
 def test_a_layout_by_scheme_serves_a_mixed_model(artifact: Callable[..., Path]) -> None:
     folder = artifact("native", MIXED)
-    plain = load(folder, torch.float32)
-    model = load(folder, torch.float32, layout={"int4": "int4_cpu"})
+    plain = load(folder, torch.bfloat16)
+    model = load(folder, torch.bfloat16, layout={"int4": "int4_cpu"})
     kinds = {(m.weight.scheme.name, m.weight.layout_name) for m in linears(model).values()}  # type: ignore[union-attr]
     assert kinds == {("int4", Layout.INT4_CPU), ("int8", Layout.PLAIN)}
     with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, plain(IDS).logits, rtol=1e-3, atol=1e-4)
+        wanted = plain(IDS).logits
+        assert (model(IDS).logits - wanted).norm() < 0.02 * wanted.norm()
     with pytest.raises(QuantizationError, match=r"mlp.*: layout 'int4_cpu' holds int4, not int8"):
-        load(folder, torch.float32, layout="int4_cpu")
+        load(folder, torch.bfloat16, layout="int4_cpu")
 
 
 def test_a_model_computes_in_another_dtype(artifact: Callable[..., Path]) -> None:

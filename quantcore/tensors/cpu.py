@@ -5,7 +5,7 @@ scales in x's dtype, sums in float32. Integer by integer products are exact, and
 float8 products are exact in float32, and so are their sums' terms.
 
 The kernel for 8-bit inputs and 4-bit weights is KleidiAI's on ARM. No ARM was at hand: on x86 torch
-has a plain one of the same function, and what is tested is that.
+has a plain loop of the same function, slow, and what is tested is that.
 
 Shape suffixes: T = tokens, O = out_features, I = in_features.
 """
@@ -25,7 +25,7 @@ def with_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def takes_int4(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype == weight.scale.dtype
+    return x_TI.dtype == torch.bfloat16
 
 
 def int4(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
@@ -51,12 +51,13 @@ def int4_dynamic(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -
 
 
 def takes_int8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    """One scale per row, in x's dtype: torch.compile takes no cast of it here.
+    """One scale per row, in bfloat16 like x: torch.compile takes no cast of it here.
 
-    Rows that fill no vector are read past their end in 16-bit dtypes.
+    In others the kernel is a plain loop; rows that fill no vector are read past their end.
     """
     whole = weight.scheme.group_size is None and weight.scheme.zero_point == "none"
-    return whole and x_TI.dtype == weight.scale.dtype and weight.facts.features[1] % 32 == 0
+    fits = weight.facts.features[1] % 32 == 0
+    return whole and fits and x_TI.dtype == weight.scale.dtype == torch.bfloat16
 
 
 def int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@
                          zero point of a group side by side; w = q * s + z
     int4_cpu             the same for torch's CPU kernel; its bytes hang on the CPU that packs them
     int4_dynamic_cpu     4-bit codes and scales as torch's CPU kernel for inputs in 8 bits wants
-                         them; on ARM that is KleidiAI's. These bytes hang on the CPU as well
+                         them; on ARM that is KleidiAI's. These bytes hang on the CPU as well, and
+                         elsewhere than on ARM torch's kernel is a plain loop: write plain there
     sparse_24            of every four neighbours in a row the two that are not zero, and where they
                          stood: 8-bit codes of a pruned weight. Made dense again to be multiplied:
                          torch has no sparse kernel for integers but cuSPARSELt's
@@ -63,7 +64,7 @@ LAYOUTS: dict[Layout, LayoutRule] = {
         schemes=("int4",),
         group_sizes=_INT4_GROUPS,
         rows_multiple=16,
-        dtypes=("float32", "bfloat16", "float16"),
+        dtypes=("bfloat16",),  # torch's kernel is a plain loop in others: 100 times slower
         devices=("cpu",),
         portable=False,
     ),
@@ -72,6 +73,7 @@ LAYOUTS: dict[Layout, LayoutRule] = {
         schemes=("int8_dynamic_int4",),
         group_multiple=32,
         columns_multiple=2,
+        dtypes=("float32",),
         devices=("cpu",),
         portable=False,
     ),

@@ -166,11 +166,11 @@ def _pack_int4_cpu(weight: QuantizedTensor) -> dict[str, Tensor]:
 
 def _unpack_int4_cpu(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
     columns = weight.facts.features[1]
-    unit = torch.zeros(weight.scale.shape, dtype=torch.float32)
+    unit = torch.zeros(weight.scale.shape, dtype=torch.bfloat16)
     unit[..., 0] = 1
     size = weight.scheme.group_size
     codes_IO = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        torch.eye(columns), weight.codes, size, unit
+        torch.eye(columns, dtype=torch.bfloat16), weight.codes, size, unit
     )
     return codes_IO.t().round().to(torch.int8).contiguous(), _from_pair(weight)
 
