@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jobs.match import compile_pattern
-from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, ZeroPoint
+from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, resolve_scheme
 
 Method = Literal["rtn", "gptq", "hqq", "smoothquant"]
 UNCALIBRATED = ("rtn", "hqq")  # methods that look at weights alone
@@ -152,35 +152,6 @@ class QuantizationSpec(_Section):
         if not symmetric and zero_point is None and self.zero_point in known:
             zero_point = self.zero_point
         return resolve_scheme(override.scheme, override.group_size, symmetric, zero_point)
-
-
-def resolve_scheme(
-    name: str,
-    group_size: int | str | None = None,
-    symmetric: bool = True,
-    zero_point: Literal["int", "float"] | None = None,
-) -> Scheme:
-    """Fill in what a scheme is without being told; ValueError where its kind has no such form."""
-    kind = SCHEME_KINDS[name]
-    size = kind.usual_span if group_size is None else group_size
-    span = "group" if isinstance(size, int) else size
-    if span not in kind.spans:
-        words = {"group": "a number", "channel": "channel", "tensor": "tensor"}
-        known = " or ".join(words[span] for span in kind.spans)
-        raise ValueError(f"{name} has no scale per {span}: write group_size: {known}")
-    if symmetric and zero_point is not None:
-        raise ValueError("a symmetric grid has no zero point: write symmetric: false, or drop it")
-    zero: ZeroPoint = "none" if symmetric else zero_point or "int"
-    if zero not in kind.zero_points:
-        if kind.zero_points == ("none",):
-            raise ValueError(f"{name} is symmetric: write symmetric: true")
-        raise ValueError(f"{name} has no {zero} zero points: write symmetric: true")
-    return Scheme(
-        name=name,
-        group_size=size if isinstance(size, int) else None,
-        zero_point=zero,
-        per_tensor=span == "tensor",
-    )
 
 
 def _refuse_smoothing(method: Method, scheme: Scheme) -> None:

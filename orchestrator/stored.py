@@ -106,5 +106,5 @@ def evaluate_stored(model: str, options: dict[str, Any], dtype: str) -> dict[str
                 raise SourceError(f"there is no {model}: name a fetched folder or a job")
             folder = Path(scratch) / "model"
             fetch(open_store(model), folder)
-        loaded = load(folder, getattr(torch, dtype))
+        loaded = load(folder, getattr(torch, dtype), inductor_settings=False)
         return evaluate(loaded, AutoTokenizer.from_pretrained(folder), spec, read_text(spec))

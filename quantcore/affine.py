@@ -97,7 +97,8 @@ def dequantize(codes_OI: Tensor, qparams: Qparams, scheme: Scheme) -> Tensor:
 
 def _grouped(w_OI: Tensor, scheme: Scheme) -> Tensor:
     rows, width = w_OI.shape
-    return w_OI.reshape(rows, scheme.groups_of(width), -1)
+    groups = scheme.groups_of(width)
+    return w_OI.reshape(rows, groups, width // groups)  # a slice may have no rows
 
 
 def _range(scheme: Scheme, stored: torch.dtype) -> AffineRange:

@@ -42,6 +42,18 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredNorm:
+    """A norm that the readers alone read."""
+
+    weight_I: Tensor  # in the dtype of the checkpoint
+    bias_I: Tensor | None
+    rule: NormRule
+
+    def folded(self, factor_I: Tensor) -> "FoldedNorm":
+        return fold(self.weight_I, self.bias_I, factor_I, self.rule)
+
+
+@dataclass(frozen=True, slots=True)
 class FoldedNorm:
     weight_I: Tensor  # in the dtype of the checkpoint
     bias_I: Tensor | None
@@ -99,6 +111,26 @@ def search(
         if error < least:
             best, least = Smoothing(alpha, factor_I), error
     return best
+
+
+def smooth(
+    ranges: Ranges, readers: Sequence[Reader], alphas: Sequence[float], norm: StoredNorm | None
+) -> tuple[Smoothing, FoldedNorm | None]:
+    """One alpha as it is, or the best of several; and what it makes of the norm before the readers.
+
+    Without a norm the factors stay on the inputs.
+    """
+
+    def became(factor_I: Tensor) -> Tensor:
+        return factor_I if norm is None else norm.folded(factor_I).factor_I
+
+    if len(alphas) > 1:
+        chosen = search(ranges, readers, alphas, became)
+    else:
+        chosen = Smoothing(alphas[0], became(factors(ranges, readers, alphas[0])))
+    if norm is None or chosen.alpha is None:
+        return chosen, None
+    return chosen, norm.folded(factors(ranges, readers, chosen.alpha))
 
 
 def relative_error(ranges: Ranges, readers: Iterable[Reader], factor_I: Tensor) -> float:

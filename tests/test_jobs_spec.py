@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from jobs.spec import JobSpec, Override, QuantizationSpec, WorkersSpec, resolve_scheme
-from quantcore.schemes import SCHEME_KINDS, Scheme, ZeroPoint
+from jobs.spec import JobSpec, Override, QuantizationSpec, WorkersSpec
+from quantcore.schemes import SCHEME_KINDS, Scheme, ZeroPoint, resolve_scheme
 
 
 def quantization(**keys: Any) -> QuantizationSpec:

@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcore.activations import fake_quantize
 from quantcore.affine import choose_qparams, dequantize, quantize
 from quantcore.formats import native
 from quantcore.formats.base import QuantizedLinear
-from quantcore.linear import ServedLinear
 from quantcore.schemes import SCHEME_KINDS, Scheme, every_form
 
 # groups of one input divide every width
@@ -61,18 +59,3 @@ def test_the_config_names_each_linears_scheme() -> None:
     assert config["skipped"] == ["lm_head"]
     with pytest.raises(ValueError, match="version 1"):
         native.schemes_of({**config, "version": 1})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@all_schemes
-def test_a_module_serves_what_is_stored(scheme: Scheme, dtype: torch.dtype) -> None:
-    factor_I, bias_O = torch.rand(16) + 0.5, torch.randn(6)
-    ours = linear(scheme, 6, 16, factor_I)
-    x_TI = torch.randn(2, 5, 16).to(dtype)
-    served = ServedLinear(ours, bias_O.to(dtype))(x_TI)
-    assert served.dtype == dtype
-    smooth_TI = (x_TI.float() / factor_I).to(dtype)
-    rounded_TI = fake_quantize(smooth_TI, scheme, ours.input_scale)
-    w_OI = dequantize(ours.codes_OI, ours.qparams, scheme).to(dtype)
-    expected = rounded_TI.double() @ w_OI.double().T + bias_O.to(dtype).double()
-    assert torch.allclose(served.double(), expected, rtol=2e-2, atol=2e-2)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantcore.norms import norm_rule
 from quantcore.smoothing import fold
 from tests.conftest import HIDDEN
 from workers.architecture import inspect
 from workers.blocks import BlockModel, run_block
-from workers.norms import NormWatch, norm_rule
+from workers.norms import NormWatch
 from workers.sources import open_source
 
 # by architecture: for each LinearGroup its first linear, the norm before it, and that norm's rule

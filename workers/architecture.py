@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quantcore.errors import SourceError
+from quantcore.norms import norm_rule
 from workers.blocks import BlockModel, Call, linears_of, run_block
-from workers.norms import NormWatch, norm_rule
+from workers.norms import NormWatch
 from workers.plan import Norm
 from workers.sources import ModelSource
 

@@ -1,25 +1,16 @@
 """Which norms hand their output to one LinearGroup and to nothing else.
 
 Found by running the block on tensors without data: a norm's output must be the very tensor that
-the group's linears are handed, and no operation outside those linears may touch it. How a norm
-uses its weight is found by trying the norm alone, on a few numbers: no class is known by name.
-
-Shape suffixes: T = tokens, I = width of the norm.
+the group's linears are handed, and no operation outside those linears may touch it.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from quantcore.smoothing import NormRule, fold
-
-_TRIED_TOKENS = 4
 
 
 class NormWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,29 +68,6 @@ class NormWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, *_: Any) -> None:
         self._inside -= 1
-
-
-def norm_rule(norm: nn.Module) -> NormRule | None:
-    """How a norm's output is divided through its weight (and bias); None if it cannot be."""
-    trial: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trial.parameters():
-            parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
-        weight_I, bias_I = trial.weight.clone(), getattr(trial, "bias", None)
-        bias_I = None if bias_I is None else bias_I.clone()
-        factor_I = 0.5 + torch.rand(weight_I.shape, generator=generator)
-        x_TI = torch.randn(_TRIED_TOKENS, len(weight_I), generator=generator)
-        before_TI = trial(x_TI)
-        rules: tuple[NormRule, ...] = ("scale", "offset")
-        for rule in rules:
-            folded = fold(weight_I, bias_I, factor_I, rule)
-            trial.weight.copy_(folded.weight_I)
-            if folded.bias_I is not None:
-                trial.bias.copy_(folded.bias_I)
-            if torch.allclose(trial(x_TI) * folded.factor_I, before_TI, rtol=1e-4, atol=1e-5):
-                return rule
-    return None
 
 
 def may_be_norm(module: nn.Module) -> bool:

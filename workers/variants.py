@@ -65,7 +65,7 @@ def stored_artifact(store: Store, dtype: torch.dtype) -> tuple[Any, Any]:
             local = folder / Path(name).relative_to(MODEL)
             local.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, local)
-        return load(folder, dtype), AutoTokenizer.from_pretrained(folder)
+        return load(folder, dtype, inductor_settings=False), AutoTokenizer.from_pretrained(folder)
 
 
 def _assemble(source: ModelSource, dtype: torch.dtype, replace: dict[str, Tensor]) -> Any:

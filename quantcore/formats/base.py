@@ -18,6 +18,7 @@ class QuantizedLinear:
     scheme: Scheme
     input_scale: float | None = None  # of a static scheme
     input_factor_I: Tensor | None = None  # float32: inputs are divided by it first
+    scale_dtype: torch.dtype = torch.float32  # the narrowest that holds all its scales
 
     def stored_codes(self) -> Tensor:
         """Codes in the dtype that says what they are."""
@@ -63,7 +64,16 @@ class Format:
     other_bytes: Callable[[Scheme, int, int], int]
     # tensors by their name after the module's, scales in the dtype given
     encode: Callable[[QuantizedLinear, torch.dtype], dict[str, Tensor]]
+    # what `encode` was given, scales as stored, from the tensors and in_features
+    read: Callable[[Mapping[str, Tensor], Scheme, int], QuantizedLinear]
     # the weight that an engine would compute with, from the stored bytes and in_features: float32
     decode: Callable[[Mapping[str, Tensor], Scheme, int], Tensor]
     # config.json's quantization_config for the linears with a scheme and those without
     config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]
+    quant_method: str  # by which that section is known
+    # the scheme of each quantized linear, from that section, the names of all linears and those of
+    # all tensors; raises KeyError, TypeError or ValueError where it is damaged or tells of what we
+    # cannot read
+    schemes_of: Callable[[Mapping[str, Any], Iterable[str], Iterable[str]], dict[str, Scheme]]
+    # whether such a section is this format's, of several known by one quant_method
+    owns: Callable[[Mapping[str, Any]], bool] = lambda config: True

@@ -5,6 +5,7 @@ is told in its compressors `pack_quantized` (integers alone) and `naive_quantize
 integers whose activations are rounded too).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from quantcore.affine import Qparams, dequantize
 from quantcore.formats.base import Format, QuantizedLinear, int8_codes, scale_of_rows
 from quantcore.formats.words import pack_words
-from quantcore.schemes import FloatGrid, Grid, Scheme
+from quantcore.schemes import SCHEME_KINDS, FloatGrid, Grid, Scheme
 
 _PACKED = "pack-quantized"
 _INTEGERS = "int-quantized"
@@ -69,14 +70,20 @@ def _encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tens
     return tensors
 
 
-def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _in_features: int) -> Tensor:
+def _read(tensors: Mapping[str, Tensor], scheme: Scheme, _in_features: int) -> QuantizedLinear:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
+    if "weight_g_idx" in tensors:
+        raise ValueError("its columns are out of order (weight_g_idx)")
     rows = len(tensors["weight" if _storage(scheme) != _PACKED else "weight_packed"])
+    stored = tensors["weight_scale"].dtype
     scale_OG = scale_of_rows(tensors["weight_scale"], scheme, rows)
     zero_OG = torch.zeros(scale_OG.shape, dtype=torch.int8, device=scale_OG.device)
     if _storage(scheme) != _PACKED:
-        return dequantize(int8_codes(tensors["weight"]), Qparams(scale_OG, zero_OG), scheme)
+        qparams, scale = Qparams(scale_OG, zero_OG), tensors.get("input_scale")
+        static = None if scale is None else float(scale.item())
+        codes_OI = int8_codes(tensors["weight"])
+        return QuantizedLinear(codes_OI, qparams, scheme, static, None, stored)
     shape = torch.Size(tensors["weight_shape"].tolist())
     codes_OI = unpack_from_int32(tensors["weight_packed"], scheme.bits, shape)
     if not scheme.symmetric:
@@ -84,7 +91,12 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, _in_features: int) ->
         # zero points of 8 rows do: its transpose keeps strides that it cannot view as bytes.
         packed_GO = tensors["weight_zero_point"].t().clone(memory_format=torch.contiguous_format)
         zero_OG = unpack_from_int32(packed_GO, scheme.bits, scale_OG.t().shape).t()
-    return dequantize(codes_OI, Qparams(scale_OG, zero_OG), scheme)
+    return QuantizedLinear(codes_OI, Qparams(scale_OG, zero_OG), scheme, None, None, stored)
+
+
+def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor:
+    linear = _read(tensors, scheme, in_features)
+    return dequantize(linear.codes_OI, linear.qparams, scheme)
 
 
 def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, Any]:
@@ -143,6 +155,54 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> Any:
     )
 
 
+def _schemes_of(
+    config: Mapping[str, Any], linears: Iterable[str], _stored: Iterable[str]
+) -> dict[str, Scheme]:
+    """Groups target the class Linear, names, or names by pattern; `ignore` takes some out."""
+    from compressed_tensors.quantization import QuantizationScheme
+
+    ignored = list(config.get("ignore") or ())
+    names = [name for name in linears if not _targeted(name, ignored)]
+    schemes: dict[str, Scheme] = {}
+    for group in config["config_groups"].values():
+        scheme = _own_scheme(QuantizationScheme.model_validate(group))
+        schemes |= {name: scheme for name in names if _targeted(name, group["targets"])}
+    return schemes
+
+
+def _targeted(name: str, targets: Iterable[str]) -> bool:
+    return any(
+        re.match(target.removeprefix("re:"), name) is not None
+        if target.startswith("re:")
+        else target in (name, "Linear")
+        for target in targets
+    )
+
+
+def _own_scheme(theirs: Any) -> Scheme:
+    """The row of our table that says the same."""
+    for name, kind in SCHEME_KINDS.items():
+        scheme = Scheme(
+            name=name,
+            group_size=theirs.weights.group_size,
+            zero_point="none" if theirs.weights.symmetric else "int",
+            per_tensor=theirs.weights.strategy == "tensor",
+        )
+        known = scheme.span in kind.spans and scheme.zero_point in kind.zero_points
+        if known and _says(_library_scheme(scheme, [])) == _says(theirs):
+            return scheme
+    raise ValueError(f"no scheme here has its weights {theirs.weights}")
+
+
+def _says(scheme: Any) -> list[tuple[Any, ...] | None]:
+    """What weights and activations come to, without how the scales were found."""
+    fields = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+    return [
+        None if part is None else tuple(getattr(part, field) for field in fields)
+        for part in (scheme.weights, scheme.input_activations)
+    ]
+
+
 def _type(grid: Grid) -> str:
     return "float" if isinstance(grid, FloatGrid) else "int"
 
@@ -161,6 +221,9 @@ FORMAT = Format(
     code_bits=lambda scheme: scheme.bits if _storage(scheme) == _PACKED else 8,
     other_bytes=lambda scheme, out_features, in_features: 0,
     encode=_encode,
+    read=_read,
     decode=_decode,
     config=_config,
+    quant_method="compressed-tensors",
+    schemes_of=_schemes_of,
 )

@@ -23,6 +23,7 @@ vLLM 0.32 (quantization/auto_gptq.py, utils/gptq_utils.py).
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,6 +200,14 @@ def version_of(config: Mapping[str, Any]) -> int:
     return 1 if written == METHOD else 2
 
 
+def _schemes_of(
+    config: Mapping[str, Any], _linears: Iterable[str], stored: Iterable[str]
+) -> dict[str, Scheme]:
+    version_of(config)
+    names = (name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
+    return {name: scheme_of(name, config) for name in names}
+
+
 def scheme_of(name: str, config: Mapping[str, Any]) -> Scheme:
     """A quantized linear's, by the first rule that matches. Raises KeyError, TypeError, ..."""
     words = {key: config[key] for key in ("bits", "group_size", "sym")}
@@ -227,8 +236,12 @@ def _format(version: int) -> Format:
         code_bits=lambda scheme: scheme.bits,
         other_bytes=_other_bytes,
         encode=_encode(version),
+        read=partial(read, version=version),
         decode=_decode(version),
         config=_config(version),
+        quant_method=METHOD,
+        schemes_of=_schemes_of,
+        owns=lambda config: (config.get("checkpoint_format", METHOD) == METHOD) == (version == 1),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantcore.affine import Qparams, dequantize
 from quantcore.formats.base import Format, QuantizedLinear, int8_codes, scale_of_rows
+from quantcore.nibbles import packed_nibbles, unpacked_nibbles
 from quantcore.schemes import Scheme
 
 METHOD = "quantfleet"  # config.json's quant_method
@@ -28,7 +29,9 @@ VERSION = 2
 def encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     scheme, qparams = linear.scheme, linear.qparams
     tensors = {
-        "weight_codes": _packed(linear.codes_OI) if scheme.bits == 4 else linear.stored_codes(),
+        "weight_codes": packed_nibbles(linear.codes_OI)
+        if scheme.bits == 4
+        else linear.stored_codes(),
         "weight_scale": linear.stored_scale(scale_dtype),
     }
     if scheme.zero_point == "int":
@@ -45,7 +48,7 @@ def encode(linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tenso
 def read(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> QuantizedLinear:
     """What `encode` was given, scales as they were stored."""
     codes_OI = tensors["weight_codes"]
-    codes_OI = _unpacked(codes_OI, in_features) if scheme.bits == 4 else int8_codes(codes_OI)
+    codes_OI = unpacked_nibbles(codes_OI, in_features) if scheme.bits == 4 else int8_codes(codes_OI)
     scale_OG = scale_of_rows(tensors["weight_scale"], scheme, len(codes_OI))
     if scheme.symmetric:
         zero_OG = torch.zeros(scale_OG.shape, dtype=torch.int8, device=scale_OG.device)
@@ -59,6 +62,7 @@ def read(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Qua
         scheme,
         None if scale is None else float(scale.item()),
         tensors.get("input_factor"),
+        tensors["weight_scale"].dtype,
     )
 
 
@@ -67,17 +71,6 @@ def _decode(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> 
     linear = read(tensors, scheme, in_features)
     w_OI = dequantize(linear.codes_OI, linear.qparams, scheme)
     return w_OI if linear.input_factor_I is None else w_OI / linear.input_factor_I
-
-
-def _packed(codes_OI: Tensor) -> Tensor:
-    """Two's-complement nibbles, the even column low."""
-    nibbles_OI = torch.nn.functional.pad(codes_OI, (0, codes_OI.shape[1] % 2)).to(torch.uint8) & 15
-    return nibbles_OI[:, ::2] | (nibbles_OI[:, 1::2] << 4)
-
-
-def _unpacked(packed: Tensor, in_features: int) -> Tensor:
-    nibbles_OI = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :in_features]
-    return (nibbles_OI.to(torch.int8) ^ 8) - 8
 
 
 def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, Any]:
@@ -94,8 +87,9 @@ def _config(schemes: Mapping[str, Scheme], skipped: Iterable[str]) -> dict[str, 
     }
 
 
-def schemes_of(config: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The scheme of each linear, from what `config` wrote. Raises KeyError, TypeError, ..."""
+def schemes_of(
+    config: Mapping[str, Any], _linears: Iterable[str] = (), _stored: Iterable[str] = ()
+) -> dict[str, Scheme]:
     if config["version"] != VERSION:
         raise ValueError(f"version {config['version']}")
     schemes = [Scheme(**entry) for entry in config["schemes"]]
@@ -119,6 +113,9 @@ FORMAT = Format(
     code_bits=lambda scheme: scheme.bits,
     other_bytes=lambda scheme, out_features, in_features: 0,
     encode=encode,
+    read=read,
     decode=_decode,
     config=_config,
+    quant_method=METHOD,
+    schemes_of=schemes_of,
 )

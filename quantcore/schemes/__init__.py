@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from quantcore.schemes import float8, int4, int8, int8_dynamic_int4
 from quantcore.schemes.kind import (
@@ -37,6 +38,7 @@ __all__ = [
     "ZeroPoint",
     "dividing_group_sizes",
     "every_form",
+    "resolve_scheme",
 ]
 
 
@@ -101,6 +103,35 @@ class Scheme:
 
 
 _ZERO_WORDS: dict[ZeroPoint, str] = {"none": "sym", "int": "asym", "float": "float-zero"}
+
+
+def resolve_scheme(
+    name: str,
+    group_size: int | str | None = None,
+    symmetric: bool = True,
+    zero_point: Literal["int", "float"] | None = None,
+) -> Scheme:
+    """Fill in what a scheme is without being told; ValueError where its kind has no such form."""
+    kind = SCHEME_KINDS[name]
+    size = kind.usual_span if group_size is None else group_size
+    span = "group" if isinstance(size, int) else size
+    if span not in kind.spans:
+        words = {"group": "a number", "channel": "channel", "tensor": "tensor"}
+        known = " or ".join(words[span] for span in kind.spans)
+        raise ValueError(f"{name} has no scale per {span}: write group_size: {known}")
+    if symmetric and zero_point is not None:
+        raise ValueError("a symmetric grid has no zero point: write symmetric: false, or drop it")
+    zero: ZeroPoint = "none" if symmetric else zero_point or "int"
+    if zero not in kind.zero_points:
+        if kind.zero_points == ("none",):
+            raise ValueError(f"{name} is symmetric: write symmetric: true")
+        raise ValueError(f"{name} has no {zero} zero points: write symmetric: true")
+    return Scheme(
+        name=name,
+        group_size=size if isinstance(size, int) else None,
+        zero_point=zero,
+        per_tensor=span == "tensor",
+    )
 
 
 def every_form(name: str, group_sizes: Iterable[int]) -> list[Scheme]:
