@@ -112,8 +112,8 @@ def _serves(method: str, scheme: Scheme) -> bool:
     word = METHODS[method]["method"]
     if word not in get_args(Method):
         return False
-    if method == "gptq minmax":  # where 8 bits leave nothing to find, it would be the same row
-        return scheme.searchable and scheme.bits == 4 and scheme.activations is None
+    if method == "gptq minmax":  # where no range is searched, it would be the same row
+        return scheme.searchable and scheme.activations is None
     if word == "hqq":
         return isinstance(scheme.grid, IntegerGrid)
     if word == "smoothquant":
