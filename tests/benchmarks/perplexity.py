@@ -1,10 +1,20 @@
-"""Token perplexity of a causal model on given ids: windows of 1,024, no token of a beginning."""
+"""Token perplexity of a causal model on given ids: windows of 1,024, no token of a beginning.
+
+    python -m tests.benchmarks.perplexity TEXT FOLDER [FOLDER ...]
+
+prints that of models and artifacts on a text's first 8,192 tokens, in float32.
+"""
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
+
+from workers.loading import load
 
 WINDOW = 1024
 
@@ -23,3 +33,14 @@ def token_losses(model: Any, ids: list[int], count: int = 8192, width: int = WIN
 
 def perplexity(model: Any, ids: list[int], count: int = 8192, width: int = WINDOW) -> float:
     return math.exp(token_losses(model, ids, count, width).mean().item())
+
+
+def main(text: str, *folders: str) -> None:
+    for folder in map(Path, folders):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(Path(text).read_text()[: 8192 * 6], verbose=False)["input_ids"]
+        print(folder.name, f"{perplexity(load(folder, torch.float32), ids):.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
