@@ -3,7 +3,7 @@
 import os
 import secrets
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -79,12 +79,23 @@ def _configs() -> dict[str, Callable[[], Any]]:
 ARCHITECTURES = ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "gemma2")
 
 
-def save_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    """A small random model of an architecture, saved as a Hugging Face folder with a tokenizer."""
+def save_model(
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    shape: Mapping[str, int] | None = None,
+    **save: Any,
+) -> Path:
+    """A small random model of an architecture, saved as a Hugging Face folder with a tokenizer.
+
+    `shape` changes what its config says of sizes.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(_configs()[name]()).eval()
+    config = _configs()[name]()
+    config.update(dict(shape or {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         parameter.data = parameter.data + 0.1 * noise if parameter.ndim == 1 else 0.08 * noise

@@ -77,4 +77,27 @@ def test_a_job_ends_in_a_model_that_computes(
     assert 0 < (quantized - original).norm() / original.norm() < 4 * most(scheme)
 
 
+ROUNDING_INPUTS = [
+    scheme for name in SCHEME_KINDS for scheme in every_form(name, [32]) if scheme.activations
+]
+
+
+@pytest.mark.parametrize("scheme", ROUNDING_INPUTS, ids=Scheme.label)
+def test_transformers_rounds_activations_as_the_native_format_does(
+    scheme: Scheme, job_file: JobFile, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """So that what is measured on one artifact is what the other serves."""
+    prompt = torch.arange(2, 60)[None]
+    logits = {"original": load(model_folder("llama"), torch.float32)(prompt).logits}
+    for form in ("native", "compressed-tensors"):
+        output = {"store": str(tmp_path / "store"), "format": form}
+        job = job_file(form, quantization=section(scheme, "rtn"), output=output)
+        fetch(open_store(run_here(job).store), tmp_path / form)
+        logits[form] = load(tmp_path / form, torch.float32)(prompt).logits
+    apart = (logits["native"] - logits["compressed-tensors"]).norm()
+    lost = (logits["native"] - logits["original"]).norm()
+    # exact but for inputs between two codes, which either may get
+    assert apart < 0.1 * lost
+
+
 SCHEMES = [scheme for scheme, _ in rows()]

@@ -15,7 +15,6 @@ The peer runs in an environment of its own (llmcompressor==0.14.0.1).
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.fetch import fetch
+from tests.benchmarks.perplexity import perplexity
 from workers.store import open_store
 
 CHARACTERS = 4_000_000
@@ -48,7 +48,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": _machine(), "perplexity_original": base, "runs": []}
     print(f"original {base:.3f}", flush=True)
     for offset in range(options.offsets):
-        rows = windows(ids, options, offset)
+        rows = windows(ids, options.sequences, options.length, offset, options.offsets)
         with tempfile.TemporaryDirectory() as scratch:
             run = _one_offset(options, Path(scratch), rows, heldout)
         results["runs"].append({"offset": offset, **run})
@@ -68,22 +68,14 @@ def main() -> None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def windows(ids: list[int], options: argparse.Namespace, offset: int) -> list[list[int]]:
-    stride = (len(ids) - options.length) // options.sequences
-    shift = offset * stride // max(options.offsets, 1)
-    starts = (shift + index * stride for index in range(options.sequences))
-    return [ids[start : start + options.length] for start in starts]
-
-
-@torch.no_grad()
-def perplexity(model: Any, ids: list[int], count: int = 8192, width: int = 1024) -> float:
-    loss, tokens = 0.0, 0
-    for start in range(0, count - width + 1, width):
-        window = torch.tensor(ids[start : start + width])[None]
-        logits = model(window).logits[0, :-1].float()
-        loss += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-        tokens += width - 1
-    return math.exp(loss / tokens)
+def windows(
+    ids: list[int], sequences: int, length: int, offset: int = 0, offsets: int = 1
+) -> list[list[int]]:
+    """Evenly spaced over the ids; each offset moves them by the same part of their distance."""
+    stride = (len(ids) - length) // sequences
+    shift = offset * stride // max(offsets, 1)
+    starts = (shift + index * stride for index in range(sequences))
+    return [ids[start : start + length] for start in starts]
 
 
 def _one_offset(

@@ -1,0 +1,1 @@
+"""Independent implementations, each run in an environment of its own."""
