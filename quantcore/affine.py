@@ -67,9 +67,9 @@ def search_qparams(
 ) -> Qparams:
     """The shrunk range that makes sum(importance * (w - q)**2) least, group by group.
 
-    `importance_I` is the mean square of each input: the diagonal of the Hessian, so the search
-    minimizes the part of the output error that one group causes on its own. Shrink factors run
-    from 1.00 down to 0.60 in steps of 0.02. For integer grids within a row: the steps of a float
+    `importance_I` is what a squared error counts for in each input's column: for GPTQ what is left
+    of it once later columns have absorbed what they can (`gptq.Factor.column_costs`). Shrink
+    factors run from 1.00 down to 0.60 in steps of 0.02. For integer grids within a row: the steps of a float
     grid shrink with its values, so that clipping the largest makes no other finer.
     """
     importance_GI = _grouped(importance_I.float()[None], scheme)[0]

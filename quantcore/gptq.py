@@ -43,6 +43,18 @@ class Factor:
     silent_inputs: int  # inputs that no calibration token ever made non-zero
     inverse: bool = True
 
+    def column_costs(self) -> Tensor:
+        """What (w - q)^2 in each input's column adds to the objective, float32 (I,).
+
+        1 / U_ii^2 of the inverse's factor (Frantar et al. 2022, section 3.3): what is left of the
+        error once all columns after it have made up for what they can. Not H_ii, which counts
+        what they will make up for too.
+        """
+        root_I = self.upper_II.diagonal()
+        costs_I = torch.empty_like(root_I)
+        costs_I[self.order_I] = root_I.square().reciprocal() if self.inverse else root_I.square()
+        return costs_I
+
 
 def factorize(h_II: Tensor, config: GptqConfig) -> Factor:
     """Order, damp and factor H (float32, (I, I), symmetric).

@@ -134,7 +134,7 @@ def _codes(
         qparams = choose_qparams(w_OI, scheme, stored=stored)
         return quantize(w_OI, qparams, scheme), qparams
     if options.search_range and scheme.searchable:
-        qparams = search_qparams(w_OI, h_II.diagonal(), scheme, stored=stored)
+        qparams = search_qparams(w_OI, factor.column_costs(), scheme, stored=stored)
     else:
         qparams = choose_qparams(w_OI, scheme, stored=stored)
     return solve(w_OI, qparams, scheme, factor, options.gptq.block_columns), qparams

@@ -188,6 +188,22 @@ def test_the_factor_is_that_of_the_damped_hessian(by_inverse: bool, act_order: b
     assert np.allclose(damped_II @ np.linalg.inv(hessian_of(factor)), np.eye(96), atol=1e-4)
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_column_costs_what_later_ones_cannot_make_up_for(
+    by_inverse: bool, act_order: bool
+) -> None:
+    given = problem()
+    factor = factorize(given.h_II, GptqConfig(act_order=act_order))
+    assert factor.inverse == by_inverse
+    damped_II = given.exact_h_II + 0.01 * np.diag(given.exact_h_II).mean() * np.eye(96)
+    order_I, costs_I = factor.order_I.numpy(), factor.column_costs().double().numpy()
+    for place in (0, 1, 50, 94, 95):
+        column, later = order_I[place], order_I[place + 1 :]
+        towards = damped_II[column, later]
+        made_up = towards @ np.linalg.solve(damped_II[np.ix_(later, later)], towards)
+        assert np.isclose(costs_I[column], damped_II[column, column] - made_up, rtol=1e-3)
+
+
 SILENT = (0, 17, 40, 41, 95)
 
 

@@ -138,8 +138,7 @@ def _solve_tile(
         w_OI = w_OI.float() * known.inputs.factor_I
     factor = known.factor if plan.rounding(layer) == "gptq" else None
     if factor is not None and plan.search_range and scheme.searchable:
-        assert known.h_II is not None
-        qparams = search_qparams(w_OI, known.h_II.diagonal(), scheme, stored=stored)
+        qparams = search_qparams(w_OI, factor.column_costs(), scheme, stored=stored)
     else:
         qparams = grid_of(plan, layer, w_OI, stored=stored, largest=largest)
     qparams = FORMATS[plan.format].storable(qparams, scheme, stored)

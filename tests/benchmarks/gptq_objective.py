@@ -101,7 +101,7 @@ def _compare(case: Case, theirs_OI: Tensor) -> dict[str, float]:
         "same codes": (minmax_OI == theirs_OI).double().mean().item(),
     }
     if scheme.searchable:
-        searched = search_qparams(w_OI, case.h_II.diagonal(), scheme, stored=w_OI.dtype)
+        searched = search_qparams(w_OI, factor.column_costs(), scheme, stored=w_OI.dtype)
         ratios["search"] = _objective(case, solved(searched)) / theirs
     return ratios
 

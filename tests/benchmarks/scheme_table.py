@@ -52,7 +52,7 @@ from tests.benchmarks.verdicts import as_markdown, judge
 from workers.layout import block_key
 from workers.loading import load
 from workers.plan import GroupPlan
-from workers.publish import published_weights, read_record
+from workers.publish import decoded_weights, published_tensors, read_record
 from workers.store import Store, open_store
 
 ORIGINAL = "original"
@@ -193,7 +193,8 @@ def weight_errors(prepared: Prepared, store: Store) -> Iterable[float]:
     for index, block in enumerate(plan.blocks):
         if not any(block.quantized()):
             continue
-        new = published_weights(store, block_key(index), plan, index)
+        tensors = published_tensors(store, block_key(index))
+        new = decoded_weights(tensors, plan, index, torch.device("cpu"))
         for group in block.groups:
             factor_I = _folded(group, prepared, new)
             for layer in group.quantized():
