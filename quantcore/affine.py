@@ -69,8 +69,8 @@ def search_qparams(
 
     `importance_I` is what a squared error counts for in each input's column: for GPTQ what is left
     of it once later columns have absorbed what they can (`gptq.Factor.column_costs`). Shrink
-    factors run from 1.00 down to 0.60 in steps of 0.02. For integer grids within a row: the steps of a float
-    grid shrink with its values, so that clipping the largest makes no other finer.
+    factors run from 1.00 down to 0.60 in steps of 0.02. For integer grids within a row: the steps
+    of a float grid shrink with its values, so that clipping the largest makes no other finer.
     """
     importance_GI = _grouped(importance_I.float()[None], scheme)[0]
     # in float64 and on the device itself: 1 - 0.02 n rounds once, and nothing is copied there

@@ -16,7 +16,7 @@ from quantcore.gptq import GptqConfig
 from quantcore.methods import METHODS, Options
 from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
-from quantcore.schemes import Scheme
+from quantcore.schemes import IntegerGrid, Scheme
 from quantcore.tensors import Layout, QuantizedTensor, pruned_24
 from tests.quantized import FORMS
 from tests.references import correlated_inputs, naive_gptq, output_error, second_moment, spread
@@ -77,6 +77,10 @@ def test_every_scheme_by_every_method(scheme: Scheme, method: str, layer: Layer)
     before = copy.deepcopy(layer)
     if METHODS[method].activations and scheme.activations is None:
         with pytest.raises(QuantizationError, match="write a scheme that rounds"):
+            quantize_(layer, scheme, method=method)
+        return
+    if METHODS[method].integers and not isinstance(scheme.grid, IntegerGrid):
+        with pytest.raises(QuantizationError, match="hqq fits integer grids"):
             quantize_(layer, scheme, method=method)
         return
     done = quantize_(layer, scheme, method=method, recorder=recorded(layer))
