@@ -192,7 +192,7 @@ def test_the_smoothed_norm_and_weights_are_one_function(layer: Layer) -> None:
     ("options", "words"),
     [
         ({"scheme": "int3"}, "scheme: unknown 'int3': write int4 or"),
-        ({"scheme": "int4", "method": "magic"}, "method: unknown 'magic': write rtn or gptq"),
+        ({"scheme": "int4", "method": "magic"}, "method: unknown 'magic': write rtn or hqq"),
         ({"scheme": "int4", "group_size": 48}, "'q_proj' reads 64 inputs.*write 32 or 64"),
         ({"scheme": "int4", "group_size": "tensor"}, "int4 has no scale per tensor"),
         ({"scheme": "int8_dynamic", "zero_point": "int"}, "int8_dynamic is symmetric"),
