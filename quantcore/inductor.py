@@ -1,9 +1,11 @@
 """Settings of torch.compile that suit quantized models, for this process, applied once.
 
-They are those of torchao's recommended_inductor_config_setter, with max_autotune and freezing
-beside them. freezing counts in torch.no_grad() alone. It folds what hangs on weights alone, so that
-a weight-only scheme in the plain layout is dequantized once, at the size of a dense weight; other
-layouts, and schemes that round activations, stay as small as they are.
+They are those of torchao's recommended_inductor_config_setter, with max_autotune and, on a machine
+without an accelerator, freezing beside them. freezing counts in torch.no_grad() alone. It folds what
+hangs on weights alone, so that a weight-only scheme in the plain layout is dequantized once, at the
+size of a dense weight; other layouts, and schemes that round activations, stay as small as they are.
+On a GPU that would cost the memory that was saved, and torch 2.11 puts products of 8-bit integers
+into operators that only CPUs have.
 
 To override one, set it after the first call, which is the only one that sets any:
 
@@ -37,6 +39,7 @@ def recommended_inductor_settings(*, again: bool = False) -> None:
     import torch._inductor.config as inductor
 
     for name, value in SETTINGS.items():
-        setattr(inductor, name, value)
+        if name != "freezing" or not torch.accelerator.is_available():
+            setattr(inductor, name, value)
     torch.set_float32_matmul_precision(MATMUL_PRECISION)
     _applied.append(True)
