@@ -1,11 +1,11 @@
 """Settings of torch.compile that suit quantized models, for this process, applied once.
 
-They are those of torchao's recommended_inductor_config_setter, with max_autotune and, on a machine
-without an accelerator, freezing beside them. freezing counts in torch.no_grad() alone. It folds what
-hangs on weights alone, so that a weight-only scheme in the plain layout is dequantized once, at the
-size of a dense weight; other layouts, and schemes that round activations, stay as small as they are.
-On a GPU that would cost the memory that was saved, and torch 2.11 puts products of 8-bit integers
-into operators that only CPUs have.
+They are those of torchao's recommended_inductor_config_setter, with max_autotune and, where there
+is no accelerator, freezing beside them. freezing counts in torch.no_grad() alone. It folds what
+hangs on weights alone, so that a weight-only scheme in the plain layout is dequantized once, at
+the size of a dense weight; other layouts, and schemes that round activations, stay as small as
+they are. On a GPU that would cost the memory that was saved, and torch 2.11 puts products of 8-bit
+integers into operators that only CPUs have.
 
 To override one, set it after the first call, which is the only one that sets any:
 

