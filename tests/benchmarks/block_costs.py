@@ -10,6 +10,7 @@ long as trained ones. The first block is left out: it pays for warming up.
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,7 @@ from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor, Result
 from orchestrator.loop import Observer
 from orchestrator.scheduler import Assignment
-from workers.tasks import Advance, Boundary, Collect, Embed, Publish, Solve
+from workers.tasks import Advance, Boundary, Collect, Embed, Publish, Settle, Solve
 
 SHAPES = {
     "llama-8b": {
@@ -64,18 +65,27 @@ def save_random_model(folder: Path, shape: str, blocks: int, dtype: torch.dtype)
 
 
 class Clock(Observer):
+    """One worker does one task after the other; a GPU's work is waited for after each."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, dict[int, list[float]]] = {}
+        self._last = 0.0
+
+    def submitted(self, assignment: Assignment, worker: int) -> None:
+        self._last = time.perf_counter()
 
     def finished(self, assignment: Assignment, result: Result) -> None:
         task = assignment.task
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._last
         match task:
             case Embed(chunks) | Boundary(chunks=chunks):
-                block, each = 0, result.seconds / len(chunks)
+                block, each = 0, seconds / len(chunks)
             case Collect(block, chunks) | Advance(block, chunks):
-                each = result.seconds / len(chunks)
-            case Solve(block) | Publish(block):
-                each = result.seconds
+                each = seconds / len(chunks)
+            case Solve(block) | Publish(block) | Settle(block):
+                each = seconds
             case _:
                 return
         self.seconds.setdefault(type(task).__name__, {}).setdefault(block, []).append(each)

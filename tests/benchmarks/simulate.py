@@ -52,6 +52,7 @@ from workers.tasks import (
     Hand,
     Publish,
     Reduce,
+    Settle,
     Solve,
     Take,
 )
@@ -69,7 +70,7 @@ class Costs:
     collect_s: float
     advance_s: float
     solve_s: float  # all solves of a block, one after the other
-    publish_s: float
+    publish_s: float  # until a block is written, while its worker goes on
     chunk_bytes: int
     bandwidth: float = 5e9  # bytes a second in and out of a node: 40 Gbit/s
 
@@ -84,7 +85,7 @@ class Costs:
             collect_s=seconds["Collect"] * scale,
             advance_s=seconds["Advance"] * scale,
             solve_s=seconds["Solve"],
-            publish_s=seconds["Publish"],
+            publish_s=seconds["Publish"] + seconds["Settle"],
             chunk_bytes=int(sequences * length / 16 * width * 2),
         )
 
@@ -106,6 +107,7 @@ class Simulation:
     _order: Iterator[int] = field(default_factory=itertools.count)
     _made_by: dict[str, tuple[int, Assignment]] = field(default_factory=dict)
     _doing: dict[int, tuple[str, float]] = field(default_factory=dict)
+    _written_at: dict[int, float] = field(default_factory=dict)  # when a block is in the store
 
     def run(self) -> float:
         """Seconds until the job's last block is published."""
@@ -181,8 +183,10 @@ class Simulation:
                 return costs.advance_s * len(chunks) * (last - first)
             case Solve() as solve:
                 return costs.solve_s * self._share(solve)
-            case Publish():
-                return costs.publish_s
+            case Publish(block):
+                self._written_at[block] = self.now + costs.publish_s  # in a thread
+            case Settle(block):
+                return max(0.0, self._written_at[block] - self.now)
             case CopyOutside():
                 return 2 * costs.publish_s
         return 0.0
@@ -218,7 +222,7 @@ class Simulation:
             case Reduce(block, group), _:
                 bands = sum(1 for s, _ in reader.inputs if s.startswith("reduce/"))
                 return self._triangle(block, group) / max(bands, 1)
-            case Solve() as solve, Publish():
+            case Solve() as solve, Publish() | Advance():
                 groups = self.plan.blocks[solve.block].groups
                 weights = sum(
                     layer.out_features * layer.in_features for g in groups for layer in g.layers
@@ -277,7 +281,7 @@ def main() -> None:
     if options.solve_s is not None:
         figures["seconds"]["Solve"] = options.solve_s
     if options.publish_s is not None:
-        figures["seconds"]["Publish"] = options.publish_s
+        figures["seconds"] |= {"Publish": options.publish_s, "Settle": 0.0}
     costs = Costs.measured(figures, options.sequences, options.length, 4096)
     rows: list[dict[str, Any]] = []
     alone = Simulation(
