@@ -23,6 +23,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator.block import BlockWork
+from orchestrator.handed import Handed
 from orchestrator.holdings import NOWHERE, Chunk, Holdings
 from orchestrator.keeping import Keeping
 from orchestrator.scheduler import Assignment, Part
@@ -84,8 +85,7 @@ class Shard:
         self._transfer = _TRANSFER_BYTES_PER_S
         self._trips: dict[str, _Trip] = {}
         self._given: dict[str, tuple[int, BlockWork]] = {}  # steps of a block under way
-        self._hands: dict[str, tuple[int, set[int]]] = {}  # parts: who gave them, chunks not taken
-        self._gone: set[str] = set()  # of those, the ones that were lost
+        self._handed = Handed()
         self._serial = 0
         self._underway = Underway()
         self._steps = itertools.count()
@@ -176,10 +176,10 @@ class Shard:
                 if useless_before is not None:
                     self._sweeps.append(Sweep(self._blocks.start, useless_before))
             case Hand(chunks):
-                self._hands[assignment] = (trip.worker, set(chunks))
                 for part, number in enumerate(chunks):
                     chunk = self._holdings.chunks[number]
                     chunk.owner, chunk.handed = None, (assignment, part)
+                return self._handed.add(assignment, trip.worker, chunks)
             case Take(chunks):
                 return self._taken(trip.worker, chunks, each)
             case Drop(chunks):
@@ -203,12 +203,12 @@ class Shard:
         if isinstance(trip.task, Advance):
             return [name for block in self._underway.both() for name in block.missed(missing)]
         if isinstance(trip.task, Take):
-            gone = self._gone.union(missing)
+            gone = self._handed.gone(missing)
             lost = [n for n in trip.chunks if self._handed_from(n) in gone]
             for number in trip.chunks:
                 self._holdings.chunks[number].owner = None
             self._holdings.orphan(lost)
-            return self._forget(lost)
+            return self._handed.forget(lost)
         return []  # with its worker's other chunks, if it was lost
 
     def _changed(self) -> None:
@@ -347,8 +347,7 @@ class Shard:
             if chunk.owner is None and chunk.handed is None and kept is None:
                 chunk.handed, chunk.at = (assignment, part), self._blocks.start
                 wanted.add(number)
-        self._hands[assignment] = (giver, wanted)
-        return self._forget(())
+        return self._handed.add(assignment, giver, wanted)
 
     def _waiting(self) -> int:
         return sum(chunk.handed is not None for chunk in self._holdings.chunks)
@@ -398,17 +397,13 @@ class Shard:
         step = block.finished(assignment, worker)
         if isinstance(step.task, Collect):
             self._holdings.note(worker, "Collect", seconds / len(step.task.chunks))
-        unread: list[str] = []
         if self._underway.move_on(block):
             self._left.remove(block.index)
-            unread = list(self._hands) if self.complete() else []
-            for hand in unread:
-                del self._hands[hand]
-        return unread
+        return self._handed.end() if self.complete() else []
 
     def _taken(self, worker: int, chunks: tuple[int, ...], seconds_each: float) -> list[str]:
         self._transfer = (self._transfer + self._chunk_bytes / max(seconds_each, 1e-6)) / 2
-        released = self._forget(chunks)
+        released = self._handed.forget(chunks)
         for number in chunks:
             self._holdings.settle([number], worker, self._holdings.chunks[number].at)
         return released
@@ -419,18 +414,7 @@ class Shard:
 
     def _forget_handed_by(self, worker: int) -> list[str]:
         """Chunks that only a lost worker's results held; those being taken will tell themselves."""
-        self._gone.update(hand for hand, (giver, _) in self._hands.items() if giver == worker)
-        numbers = [n for giver, left in self._hands.values() if giver == worker for n in left]
+        numbers = self._handed.lost(worker)
         lost = [n for n in numbers if self._holdings.chunks[n].owner is None]
         self._holdings.orphan(lost)
-        return self._forget(lost)
-
-    def _forget(self, chunks: Collection[int]) -> list[str]:
-        """Hands whose chunks were all taken, or lost, need not be kept."""
-        for _, left in self._hands.values():
-            left.difference_update(chunks)
-        empty = [hand for hand, (_, left) in self._hands.items() if not left]
-        for hand in empty:
-            del self._hands[hand]
-            self._gone.discard(hand)
-        return empty
+        return self._handed.forget(lost)
