@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from orchestrator.fetch import fetch
-from quantcore.affine import Qparams, dequantize
+from quantcore.tensors import QuantizedTensor
 from tests.test_orchestrator_job import run_here
 from workers.loading import load
 from workers.store import open_store
@@ -89,12 +90,12 @@ def read_by(
     assert run.returncode == 0, run.stderr[-6000:]
     theirs = load_file(told)
     ours = load(out, torch.float32)
-    packed = {n: m for n, m in ours.named_modules() if hasattr(m, "codes_OI")}
+    linears = {n: m for n, m in ours.named_modules() if isinstance(m, nn.Linear)}
+    packed = {n: m.weight for n, m in linears.items() if isinstance(m.weight, QuantizedTensor)}
     logits = theirs.pop("logits")
     assert theirs.keys() == packed.keys()
-    for name, module in packed.items():
-        qparams = Qparams(module.scale_OG, module.zero_OG)
-        w_OI = dequantize(module.codes_OI, qparams, module._scheme)
+    for name, weight in packed.items():
+        w_OI = weight.dequantize()
         assert torch.equal(theirs[name], w_OI.half()), name  # its products are float16's
     with torch.no_grad():
         expected = ours(torch.arange(2, 34)[None]).logits
