@@ -17,6 +17,7 @@ from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, resolve_scheme
 Method = Literal["rtn", "gptq", "hqq", "smoothquant"]
 UNCALIBRATED = ("rtn", "hqq")  # methods that look at weights alone
 Dtype = Literal["float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Span = Annotated[int, Field(gt=0)] | Literal["channel", "tensor"]
 
 
@@ -259,7 +260,7 @@ class JobSpec(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelSpec
     quantization: QuantizationSpec
-    compute_dtype: Dtype = "float32"
+    compute_dtype: ComputeDtype = "auto"  # bfloat16 where all devices multiply in it, else float32
     calibration: CalibrationSpec | None = None
     workers: WorkersSpec = WorkersSpec()
     output: OutputSpec

@@ -26,6 +26,7 @@ from workers.capacity import Disk, disk
 from workers.documents import Windows, measured_tasks, task_windows
 from workers.evaluate import read_text
 from workers.harness import unknown_tasks
+from workers.kind import compute_dtype
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
 from workers.plan import MIXED, Plan
@@ -136,6 +137,9 @@ def prepare(
         machines = look_at(list(places))
     findings.add(*unshared(machines, places))
     fleet = findings.attempt("workers.kind", lambda: choose_fleet(machines, spec.workers.kind))
+    if fleet and spec.compute_dtype == "auto":
+        dtype = compute_dtype(chosen.kind for chosen in fleet)
+        spec = spec.model_copy(update={"compute_dtype": dtype})
     if fleet and any(c.device == "cpu" for c in fleet) and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
@@ -339,6 +343,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         ],
         "workers": prepared.workers,
         "threads": contract.threads,
+        "compute_dtype": contract.compute_dtype,
         "micro_batch": contract.micro_batch,
         "chunks": contract.chunks,
         "store": prepared.plan.store,

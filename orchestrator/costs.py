@@ -39,7 +39,8 @@ class Rates:
     """Of one worker."""
 
     forward: float  # operations a second in the compute dtype
-    float32: float  # the same in float32: Hessians and solves
+    float32: float  # the same in float32: solves
+    gram: float  # of Hessians, of which the lower triangle alone is counted
     column_s: float  # seconds for a column of a row tile, beside its products
     weight_s: float  # seconds for a weight whose range is searched
     fit_s: float  # seconds for a weight in one of HQQ's iterations
@@ -55,6 +56,7 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
         return Rates(
             forward=0.5 * forward,
             float32=0.5 * single,
+            gram=0.5 * forward,
             column_s=5e-7,
             weight_s=2e-11,
             fit_s=2e-10,
@@ -65,6 +67,7 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
     return Rates(
         forward=speed * flops.get(dtype, single),
         float32=speed * single,
+        gram=speed * single * (2 if dtype == "bfloat16" else 1),
         column_s=5e-5,
         weight_s=1e-7 / threads,
         fit_s=1.5e-8 / threads,
@@ -97,7 +100,9 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     if spec is not None:
         variants = len(spec.baselines) + 1
         tokens = spec.max_characters / _CHARACTERS_PER_TOKEN if spec.text is not None else 0.0
-        each_s = 2 * tokens * sizes.model_computing / sizes.item / rates.forward
+        item = sizes.evaluation_item
+        rate = rates.float32 if item == FLOAT32 else rates.forward
+        each_s = 2 * tokens * sizes.model_computing / item / rate
         each_s += 3 * sizes.model / _READ_BYTES_PER_S + _SECONDS_OF_AN_EVALUATION
         phases["evaluate"] = each_s * -(-variants // workers)
     return phases
@@ -116,7 +121,7 @@ def block_seconds(sizes: Sizes, rates: Rates, index: int) -> dict[str, float]:
     read = sizes.block_stored(index) / _READ_BYTES_PER_S
     quantized = [group for group in block.groups if group.quantized()]
     summed = sum(group.in_features**2 for group in block.groups if plan.summed(group))
-    grams = tokens * summed / rates.float32
+    grams = tokens * summed / rates.gram
     return {
         "collect": read + forward + grams,
         "solve": sum(solve_seconds(sizes, rates, group) for group in quantized),

@@ -15,7 +15,7 @@ from quantcore.formats import FORMATS
 from quantcore.moments import band_rows
 from quantcore.tree import fixed_tree
 from workers.architecture import Architecture
-from workers.plan import SAMPLE_TOKENS, BlockPlan, GroupPlan, LayerPlan, Plan
+from workers.plan import MIXED, SAMPLE_TOKENS, BlockPlan, GroupPlan, LayerPlan, Plan
 from workers.sources import ModelSource
 
 FLOAT32 = 4
@@ -38,6 +38,12 @@ class Sizes:
     @property
     def item(self) -> int:
         return self.plan.torch_dtype.itemsize
+
+    @property
+    def evaluation_item(self) -> int:
+        """CPUs evaluate in float32 whatever they calibrate in."""
+        on_cpus = self.plan.contract.kind["device"] in {"cpu", MIXED["device"]}
+        return FLOAT32 if on_cpus else self.item
 
     @property
     def shards(self) -> int:
@@ -86,8 +92,9 @@ class Sizes:
 
     @cached_property
     def model_computing(self) -> int:
+        """As it is evaluated."""
         count = sum(math.prod(info.shape) for info in self.source.tensors.values())
-        return count * self.item
+        return count * self.evaluation_item
 
     @cached_property
     def largest_tensor(self) -> int:

@@ -165,6 +165,7 @@ def job_file(
         job: dict[str, Any] = {
             "model": {"path": str(model_folder("llama"))},
             "quantization": {"scheme": "int4", "group_size": 32, "method": "gptq"},
+            "compute_dtype": "float32",
             "calibration": {"text": str(text_file), "sequences": 8, "length": 32},
             "workers": {"count": 1},
             "output": {"store": str(tmp_path / "store")},

@@ -64,6 +64,7 @@ def job_spec(**sections: Any) -> JobSpec:
         "name": "job",
         "model": {"path": "/models/m"},
         "quantization": {"scheme": "int4"},
+        "compute_dtype": "float32",
         "calibration": {"text": "/texts/t", "sequences": 64, "length": 512},
         "output": {"store": "/store"},
         **sections,

@@ -12,7 +12,7 @@ from quantkernels.gram import gram, gram_of_finite
 from torch import Tensor
 
 NAN = float("nan")
-WIDTHS = [1, 2, 511, 512, 513, 700, 1100]
+WIDTHS = [1, 2, 191, 192, 193, 511, 700, 1100]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,6 +45,26 @@ def test_the_lower_triangle_is_the_product(width: int, dtype: torch.dtype) -> No
     out_II = torch.zeros(width, width)
     assert gram(x_TI, out_II) is out_II
     assert_lower_is(out_II, x_TI)
+
+
+def test_many_tokens_in_bfloat16_are_multiplied_exactly() -> None:
+    """Enough of them for CPUs that have such products to take them."""
+    x_TI = inputs(4096, 400, torch.bfloat16)
+    assert_lower_is(gram(x_TI, torch.zeros(400, 400)), x_TI)
+
+
+def test_float32_products_are_none_the_less_exact_afterwards() -> None:
+    x_TI = inputs(600, 600)
+    gram(x_TI.bfloat16(), torch.zeros(600, 600))
+    error_II = (x_TI @ x_TI).double() - x_TI.double() @ x_TI.double()
+    assert error_II.abs().max() < 1e-3  # one with bfloat16 products is off by 0.3
+
+
+def test_tokens_whose_sum_overflows_are_not_left_out() -> None:
+    x_TI = torch.tensor([[3e38, 3e38], [1.0, 2.0]])
+    out_II = torch.zeros(2, 2)
+    assert gram_of_finite(x_TI, out_II) == 0
+    assert out_II[1, 0].isinf()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

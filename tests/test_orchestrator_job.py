@@ -1,7 +1,8 @@
 """Whole jobs on small models, in one process."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from orchestrator.driver import JobResult, run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.fetch import fetch
 from orchestrator.loop import Observer
+from workers.kind import compute_dtype
+from workers.machine import Machine, look
 from workers.store import open_store
 
 JobFile = Callable[..., Path]
@@ -32,12 +35,39 @@ def model_bytes(store: str) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(root.iterdir())}
 
 
-def test_one_two_and_three_workers_give_the_same_bytes(job_file: JobFile) -> None:
-    stores = [run_here(job_file(f"w{n}"), workers=n).store for n in (1, 2, 3)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_two_and_three_workers_give_the_same_bytes(job_file: JobFile, dtype: str) -> None:
+    jobs = {n: job_file(f"w{n}", compute_dtype=dtype) for n in (1, 2, 3)}
+    stores = [run_here(job, workers=n).store for n, job in jobs.items()]
     first, *others = [model_bytes(store) for store in stores]
     assert len(first) > 4
     for other in others:
         assert other == first
+
+
+@pytest.mark.parametrize(
+    ("products", "dtype"), [("native", "bfloat16"), ("none", "float32"), (None, "float32")]
+)
+def test_a_calibration_runs_in_what_the_hardware_multiplies_fast(
+    job_file: JobFile, products: str | None, dtype: str
+) -> None:
+    def look_at(paths: Sequence[str]) -> list[Machine]:
+        here = look(paths)
+        kind = {name: value for name, value in here.kinds["cpu"].items() if name != "bfloat16"}
+        if products is not None:
+            kind["bfloat16"] = products
+        return [dataclasses.replace(here, kinds={"cpu": kind}, devices={"cpu": 2})]
+
+    prepared = check(job_file(compute_dtype=None), look_at=look_at)
+    assert prepared.plan.contract.compute_dtype == prepared.spec.compute_dtype == dtype
+    asked = check(job_file(compute_dtype="float32"), look_at=look_at)
+    assert asked.plan.contract.compute_dtype == "float32"
+
+
+def test_of_several_kinds_all_must_multiply_bfloat16() -> None:
+    native, none = {"bfloat16": "native"}, {"bfloat16": "none"}
+    assert compute_dtype([native, native]) == "bfloat16"
+    assert compute_dtype([native, none]) == "float32"
 
 
 class _Dies(Observer):

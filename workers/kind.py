@@ -4,11 +4,14 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 _PROBE_WIDTH = 512
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86-64, the last of ARM
 _PROBED_DTYPES = (torch.float32, torch.bfloat16)  # float16 is not for the CPU
 
 
@@ -24,6 +27,7 @@ def present_devices() -> tuple[str, ...]:
 def hardware_kind(device: str) -> dict[str, str]:
     """Two machines with equal answers are expected to compute equal bits."""
     kind = {"device": device, "torch": torch.__version__, "triton": _version("triton")}
+    kind["bfloat16"] = "native" if _multiplies_bfloat16(device) else "none"
     if device == "cuda":
         kind["name"] = torch.cuda.get_device_name()
         kind["instructions"] = "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -36,6 +40,12 @@ def hardware_kind(device: str) -> dict[str, str]:
         kind["name"] = _cpu_name()
         kind["instructions"] = torch.backends.cpu.get_cpu_capability()
     return kind
+
+
+def compute_dtype(kinds: Iterable[dict[str, str]]) -> Literal["float32", "bfloat16"]:
+    """What a calibration runs in if nobody says: bfloat16 where all of these multiply in it."""
+    native = all(kind.get("bfloat16") == "native" for kind in kinds)
+    return "bfloat16" if native else "float32"
 
 
 def device_count(device: str) -> int:
@@ -84,6 +94,16 @@ def make_repeatable(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    """Whether the hardware has products of bfloat16: elsewhere they are slower than float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device == "xpu":
+        return torch.xpu.is_bf16_supported()
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in _CPU_BFLOAT16)
 
 
 def _cpu_name() -> str:

@@ -314,7 +314,7 @@ class Worker:
     def _evaluate(self, task: Evaluate) -> Outcome:
         self._held.clear()
         self._model.release_outside()
-        dtype = self._plan.torch_dtype
+        dtype = torch.float32 if self.device.type == "cpu" else self._plan.torch_dtype
         tokenizer = self._source.tokenizer()
         if task.variant == "original":
             model = original(self._source, dtype)
