@@ -51,6 +51,8 @@ from workers.store import STORE_PATIENCE_S, Store, open_store
 from workers.survey import survey
 from workers.tasks import Evaluate, Task
 
+SURVEY_BYTES = 4 << 30  # of one task, for workers whose many cores look at many tensors at once
+
 
 @dataclass(slots=True)
 class JobResult:
@@ -124,7 +126,8 @@ class _Driver:
     def survey(self, executor: Executor) -> dict[str, str]:
         """The hash of every tensor of the model."""
         sizes = {name: info.num_bytes for name, info in self.prepared.source.tensors.items()}
-        runs = survey_tasks(sizes, len(executor.present()))
+        worth = 0 if self.prepared.device == "cpu" else SURVEY_BYTES
+        runs = survey_tasks(sizes, len(executor.present()), worth)
         surveyed = self._work("survey", [Bag(runs)], executor, len(runs))
         return {name: h for part in surveyed.values() for name, h in part["hashes"].items()}
 

@@ -16,9 +16,13 @@ from workers.plan import Plan
 from workers.tasks import CopyOutside, Quantize, Round, Survey, Task
 
 
-def survey_tasks(tensors: Mapping[str, int], workers: int) -> dict[str, Task]:
-    """Read every tensor once, spread over the workers by bytes in runs of neighbours."""
-    share = sum(tensors.values()) / max(workers * 4, 1)
+def survey_tasks(tensors: Mapping[str, int], workers: int, worth: int = 0) -> dict[str, Task]:
+    """Read every tensor once, spread over the workers by bytes in runs of neighbours.
+
+    Four runs a worker, or fewer where they would come below `worth` bytes.
+    """
+    share = sum(tensors.values()) / max(workers, 1)
+    share = max(share / 4, min(share, worth))
     runs: list[list[str]] = [[]]
     filled = 0
     for name, num_bytes in tensors.items():

@@ -1,10 +1,10 @@
-"""RMS norm and silu(gate) * up: the references against float64, the kernels against those."""
+"""RMS norm, rotary, silu(gate) * up: the references against float64, the kernels against those."""
 
 import importlib.util
 
 import pytest
 import torch
-from quantkernels.forward import NormForm, reference, rms_norm, silu_product
+from quantkernels.forward import NormForm, reference, rms_norm, rotated, silu_product
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -50,6 +50,29 @@ def test_a_gated_product_is_what_its_formula_says() -> None:
     gate, up = random(3, 40), random(3, 40, seed=1)
     wanted = gate.double() * gate.double().sigmoid() * up.double()
     assert close(silu_product(gate, up), wanted, ulps=8)
+
+
+def test_a_rotation_turns_pairs_by_their_angles() -> None:
+    x, angle = random(2, 3, 5, 8), 3 * random(2, 5, 4, seed=1)
+    cos, sin = (torch.cat((table, table), -1) for table in (angle.cos(), angle.sin()))
+    pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    turned = pairs * torch.polar(torch.ones_like(angle.double()), angle.double())[:, None]
+    assert close(rotated(x, cos, sin), torch.cat((turned.real, turned.imag), -1), ulps=8)
+
+
+@kernels
+@pytest.mark.parametrize("heads", [1, 3, 32, 40])
+@pytest.mark.parametrize("values", [2, 10, 64, 128])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_rotation_kernel_is_its_reference(heads: int, values: int, dtype: torch.dtype) -> None:
+    x = random(2, 5, heads, values, dtype=dtype).transpose(1, 2)
+    for sequences in (1, 2):
+        cos = random(sequences, 5, values, dtype=dtype, seed=1)
+        sin = random(sequences, 5, 2 * values, dtype=dtype, seed=2)[..., ::2]
+        found = fused.rotated(x, cos, sin)
+        assert torch.equal(found, reference.rotated(x, cos, sin))
+        assert torch.equal(fused.rotated(x.contiguous(), cos, sin), found)
+    assert fused.rotated(x[:, :, :0], cos[:, :0], sin[:, :0]).shape == (2, heads, 0, values)
 
 
 @kernels

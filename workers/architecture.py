@@ -3,9 +3,11 @@
 Shape suffixes as in blocks.py.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,12 @@ class BlockInfo:
         for group in self.groups:
             yield from group
 
+    def under(self, prefix: str) -> "BlockInfo":
+        """With names as the checkpoint has them, from those within the block."""
+        named = partial(_under, prefix)
+        groups = tuple(tuple(map(named, group)) for group in self.groups)
+        return BlockInfo(groups, tuple(norm and named(norm) for norm in self.norms))
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -52,6 +60,13 @@ class Architecture:
     max_length: int | None  # positions the model was made for
 
 
+_Named = TypeVar("_Named", LinearInfo, Norm)
+
+
+def _under(prefix: str, named: _Named) -> _Named:
+    return dataclasses.replace(named, name=prefix + named.name)
+
+
 def inspect(source: ModelSource) -> Architecture:
     """Look at every block without reading a weight. Raises SourceError for what is refused."""
     _refuse_by_config(source.config)
@@ -59,10 +74,14 @@ def inspect(source: ModelSource) -> Architecture:
     _check_tensors(model)
     calls = _probe_calls(model)
     blocks = []
+    looked_at: dict[Any, BlockInfo] = {}
     for index, call in enumerate(calls):
         block = model.empty_block(index)
         _refuse_by_structure(block, model.prefix(index).rstrip("."))
-        blocks.append(_block_info(block, call, model.prefix(index), source.config))
+        alike = _looks(block, call)
+        if alike not in looked_at:
+            looked_at[alike] = _block_info(block, call, source.config)
+        blocks.append(looked_at[alike].under(model.prefix(index)))
     text = source.config.get_text_config()
     return Architecture(
         model_type=source.config.model_type,
@@ -143,15 +162,33 @@ def _probe_calls(model: BlockModel) -> list[Call]:
     return model.probe(ids_BL, zeros).calls
 
 
-def _block_info(block: nn.Module, call: Call, prefix: str, config: Any) -> BlockInfo:
-    """Run the block on the meta device and see which linears are handed the same tensor."""
+def _looks(block: nn.Module, call: Call) -> Any:
+    """The same for blocks that differ in their place alone: they hand their linears the same."""
+    modules = tuple(
+        (name, type(module), tuple((n, p.shape) for n, p in module.named_parameters(recurse=False)))
+        for name, module in block.named_modules()
+    )
+    settings = tuple(
+        (name, setting, value)
+        for name, module in block.named_modules()
+        for setting, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str) and setting != "layer_idx"
+    )
+    return modules, settings, len(call.args), tuple(sorted(call.kwargs))
+
+
+def _block_info(block: nn.Module, call: Call, config: Any) -> BlockInfo:
+    """Run the block on the meta device and see which linears are handed the same tensor.
+
+    Names are those within the block.
+    """
     seen: list[tuple[Tensor, list[LinearInfo]]] = []  # holds the inputs, so ids stay unique
 
     def note(name: str, module: Any) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             weight = module.weight
             rows, width = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-            info = LinearInfo(prefix + name, rows, width, type(module).__name__)
+            info = LinearInfo(name, rows, width, type(module).__name__)
             for tensor, group in seen:
                 if tensor is args[0]:
                     group.append(info)
@@ -175,17 +212,17 @@ def _block_info(block: nn.Module, call: Call, prefix: str, config: Any) -> Block
             handle.remove()
     return BlockInfo(
         tuple(tuple(group) for _, group in seen),
-        tuple(_norm(block, watch.norm_of(tensor), prefix) for tensor, _ in seen),
+        tuple(_norm(block, watch.norm_of(tensor)) for tensor, _ in seen),
     )
 
 
-def _norm(block: nn.Module, name: str | None, prefix: str) -> Norm | None:
+def _norm(block: nn.Module, name: str | None) -> Norm | None:
     if name is None:
         return None
     module = block.get_submodule(name)
     rule = norm_rule(module)
     biased = getattr(module, "bias", None) is not None
-    return Norm(prefix + name, rule, biased) if rule else None
+    return Norm(name, rule, biased) if rule else None
 
 
 def _conv1ds(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

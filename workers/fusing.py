@@ -1,15 +1,19 @@
 """Parts of a block's forward that one kernel does in place of several, found by trying them.
 
-No class is known by name: a norm, or a gated MLP, is run on random numbers beside the kernel that
-would stand for it, and keeps its own forward unless the two agree. A job's contract names the
-kernels (quantkernels/bits.py). Shape suffixes: B = 1, T = tokens, I = in_features.
+No class is known by name: a norm, a gated MLP or a rotary embedding is run on random numbers beside
+the kernel that would stand for it, and stays as it is unless the two agree. A job's contract names
+the kernels (quantkernels/bits.py). Shape suffixes: B = 1, T = tokens, I = in_features, H = heads,
+D = values of a head.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
 
 import torch
-from quantkernels.forward import NormForm, rms_norm, silu_product
+from quantkernels.forward import NormForm, rms_norm, rotated, silu_product
 from torch import Tensor, nn
 
 from workers.norms import may_be_norm
@@ -17,6 +21,9 @@ from workers.norms import may_be_norm
 # Tokens from so small that an epsilon counts to so large that a clamp would show
 _TRIED_SCALES = (1e-3, 1e-2, 0.1, 1.0, 1.0, 1.0, 3.0, 30.0)
 _FORMS: tuple[NormForm, ...] = ("scale", "offset")
+
+_ROTARY = "apply_rotary_pos_emb"  # as transformers' modules call the function, whatever it does
+_ROTARY_TRIAL = (2, 8, 64)  # heads, tokens, values of a head
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -26,6 +33,10 @@ def fuse(block: nn.Module) -> list[str]:
     """Give a block's modules the kernels that compute what they do; the names of those modules."""
     fused = []
     for name, module in block.named_modules():
+        if _rotates_as_we_do(module):
+            _rotate(module)
+            fused.append(name)
+            continue
         width, candidates = _candidates(module)
         if not candidates:
             continue
@@ -69,10 +80,53 @@ def _gated_forward(gate: nn.Linear, up: nn.Linear, down: nn.Linear, x: Tensor) -
     return y
 
 
-def _trial(width: int, like: Tensor) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(0)
-    scale_T1 = torch.tensor(_TRIED_SCALES, device=like.device)[:, None]
-    x_TI = torch.randn(len(scale_T1), width, generator=generator, device=like.device)
+def _rotates_as_we_do(module: nn.Module) -> bool:
+    """Whether a module's forward embeds positions by a function that `rotated` can stand for."""
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return False
+    own = forward.__globals__.get(_ROTARY)
+    if not callable(own) or list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    heads, tokens, values = _ROTARY_TRIAL
+    like = next(module.parameters())
+    q_BHTD, k_BHTD, tables_BHTD = (
+        _trial(values, like, rows=count * tokens).view(1, count, tokens, values)
+        for count in (heads, 1, 2)
+    )
+    cos_BTD, sin_BTD = tables_BHTD.unbind(1)
+    wanted = own(q_BHTD, k_BHTD, cos_BTD, sin_BTD)
+    found = [rotated(x_BHTD, cos_BTD, sin_BTD) for x_BHTD in (q_BHTD, k_BHTD)]
+    return all(map(_agree, found, wanted))
+
+
+def _rotate(module: nn.Module) -> None:
+    """Let this module's forward find our function under the name that it calls; no other's does."""
+    forward = type(module).forward
+    own = forward.__globals__[_ROTARY]
+
+    def embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> Any:
+        plain = not more and not named and cos.ndim == 3 and cos.dtype == q.dtype == k.dtype
+        if not plain or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return own(q, k, cos, sin, *more, **named)
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+
+    ours = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, _ROTARY: embed},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = MethodType(ours, module)
+
+
+def _trial(width: int, like: Tensor, rows: int = len(_TRIED_SCALES)) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(rows)
+    scales = torch.tensor(_TRIED_SCALES, device=like.device)
+    scale_T1 = scales.repeat(-(-rows // len(scales)))[:rows, None]
+    x_TI = torch.randn(rows, width, generator=generator, device=like.device)
     return (x_TI * scale_T1)[None].to(like.dtype)
 
 

@@ -20,5 +20,5 @@ CONFIGURATION: dict[str, int | str] = {
     "gram": f"{GRAM_STEP}/{GRAM_PIECE}",
     "sweep": f"{SWEEP_COLUMNS}/{SWEEP_SPAN}/{SWEEP_STEP}/{SWEEP_PRECISION}",
     "ranges": RANGE_CHUNK,
-    "forward": f"norm {NORM_VALUES_PER_WARP}, silu",
+    "forward": f"norm {NORM_VALUES_PER_WARP}, rotary, silu",
 }

@@ -1,7 +1,7 @@
-"""RMS norm, and silu(gate) * up: one read of the inputs, one write of the result.
+"""RMS norm, rotary embedding, silu(gate) * up: one read of the inputs, one write of the result.
 
 A norm's program owns one row and keeps it in registers. Its sum runs in an order that the width
-alone decides (bits.py).
+alone decides (bits.py). A rotation's program owns some heads of one token.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from quantkernels.bits import NORM_VALUES_PER_WARP
 
 PRODUCT_BLOCK = 2048
+ROTATED_VALUES = 4096  # of one program, about
 MOST_WARPS = 16
 
 
@@ -48,6 +49,33 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
+    sequences, heads, length, values = x_BHLD.shape
+    assert values % 2 == 0 and cos_BLD.shape == sin_BLD.shape
+    cos_BLD = cos_BLD.expand(sequences, length, values)
+    sin_BLD = sin_BLD.expand(sequences, length, values)
+    out_BHLD = torch.empty_like(x_BHLD)
+    half = triton.next_power_of_2(values // 2)
+    some = max(1, min(triton.next_power_of_2(heads), ROTATED_VALUES // (2 * half)))
+    if x_BHLD.numel():
+        _rotated[(length, triton.cdiv(heads, some), sequences)](
+            x_BHLD,
+            cos_BLD,
+            sin_BLD,
+            out_BHLD,
+            heads,
+            values // 2,
+            *x_BHLD.stride(),
+            *cos_BLD.stride(),
+            *sin_BLD.stride(),
+            *out_BHLD.stride(),
+            some,
+            half,
+            enable_fp_fusion=False,  # else a product and its sum are rounded once, not twice
+        )
+    return out_BHLD
+
+
 @triton.jit
 def _rms_norm(
     x_ptr,
@@ -74,6 +102,58 @@ def _rms_norm(
     else:
         rounded = normed.to(stored.dtype).to(tl.float32)
         tl.store(out_ptr + column, (rounded * weight).to(stored.dtype), mask=inside)
+
+
+@triton.jit
+def _rotated(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    heads,
+    half,
+    x_B,
+    x_H,
+    x_L,
+    x_D,
+    cos_B,
+    cos_L,
+    cos_D,
+    sin_B,
+    sin_L,
+    sin_D,
+    out_B,
+    out_H,
+    out_L,
+    out_D,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token, sequence = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(2), tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    value = tl.arange(0, HALF)
+    cos_ptr += sequence * cos_B + token * cos_L + value * cos_D
+    sin_ptr += sequence * sin_B + token * sin_L + value * sin_D
+    there = value < half
+    cos_1 = tl.load(cos_ptr, mask=there, other=0.0)[None, :]
+    cos_2 = tl.load(cos_ptr + half * cos_D, mask=there, other=0.0)[None, :]
+    sin_1 = tl.load(sin_ptr, mask=there, other=0.0)[None, :]
+    sin_2 = tl.load(sin_ptr + half * sin_D, mask=there, other=0.0)[None, :]
+
+    inside = (head < heads)[:, None] & there[None, :]
+    x_ptr += sequence * x_B + token * x_L + tl.cast(head, tl.int64)[:, None] * x_H
+    out_ptr += sequence * out_B + token * out_L + tl.cast(head, tl.int64)[:, None] * out_H
+    x_1 = tl.load(x_ptr + value[None, :] * x_D, mask=inside, other=0.0)
+    x_2 = tl.load(x_ptr + (half + value)[None, :] * x_D, mask=inside, other=0.0)
+    out_1 = _rounded_product(x_1, cos_1) + _rounded_product(-x_2, sin_1)
+    out_2 = _rounded_product(x_2, cos_2) + _rounded_product(x_1, sin_2)
+    tl.store(out_ptr + value[None, :] * out_D, out_1.to(x_1.dtype), mask=inside)
+    tl.store(out_ptr + (half + value)[None, :] * out_D, out_2.to(x_1.dtype), mask=inside)
+
+
+@triton.jit
+def _rounded_product(left, right):
+    return (left.to(tl.float32) * right.to(tl.float32)).to(left.dtype).to(tl.float32)
 
 
 @triton.jit

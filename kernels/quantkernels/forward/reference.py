@@ -12,5 +12,11 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
     return weight_I * normed.to(x.dtype)
 
 
+def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
+    first, second = x_BHLD.chunk(2, dim=-1)
+    turned_BHLD = torch.cat((-second, first), dim=-1)
+    return (x_BHLD * cos_BLD[:, None]) + (turned_BHLD * sin_BLD[:, None])
+
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
