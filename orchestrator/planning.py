@@ -17,6 +17,7 @@ from quantcore.gptq import GptqConfig
 from quantcore.hqq import HqqConfig
 from quantcore.schemes import Scheme, dividing_group_sizes
 from workers.architecture import Architecture, LinearInfo
+from workers.attention import attention_of
 from workers.plan import (
     BlockPlan,
     Contract,
@@ -121,7 +122,7 @@ def make_plan(
             micro_batch=micro_batch,
             chunks=chunks,
             row_tile=ROW_TILE,
-            attention="sdpa",
+            attention=attention_of(kind["device"]),
             kernels={} if kind["device"] == "cpu" else dict(CONFIGURATION),
         ),
     )

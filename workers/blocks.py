@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcore.errors import SourceError
+from workers.attention import attention_on
 from workers.plan import PADDING
 from workers.skeleton import empty_model
 from workers.sources import ModelSource
@@ -213,7 +214,7 @@ class BlockModel:
 
 def run_block(block: nn.Module, call: Call, hidden_BLH: Tensor) -> Tensor:
     """One block's forward; older models return a tuple whose first part is the hidden states."""
-    with torch.no_grad():
+    with torch.no_grad(), attention_on(hidden_BLH.device):
         output = block(hidden_BLH, *call.args, **call.kwargs)
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
