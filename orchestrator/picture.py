@@ -4,7 +4,7 @@ A lane's bar is the worker-seconds of its block, one colour for each part. The t
 what threads did meanwhile: reading ahead and writing behind, as far as nobody waited for it.
 The picture stands by itself: no script, nothing that it would fetch, light or dark as its reader
 has it. Colours are those of Okabe and Ito (2008, https://jfly.uni-koeln.de/color), which differ to
-every kind of colour vision; neighbours in a bar differ in lightness as well.
+every kind of colour vision.
 """
 
 import math
@@ -33,7 +33,7 @@ _LOOKS = {
     "solve": _Look("solve", "#d55e00", "#000", "scales and codes"),
     "pack": _Look("pack", "#cc79a7", "#000", "codes to the stored format, and back"),
     "write": _Look("write", "#e69f00", "#000", "the block to the store, and what is kept"),
-    "waiting": _Look("waiting", "#b8bcc2", "#000", "without a task, or for what it needs"),
+    "waiting": _Look("waiting", "#b8bcc2", "#000", "without a task, or without its inputs"),
     "lost": _Look("lost", "#4d4d4d", "#fff", "with workers that were lost"),
 }
 
@@ -53,6 +53,7 @@ text { fill: #1f2328; font-variant-numeric: tabular-nums; }
 .small { font-size: 10.5px; }
 .strong { font-weight: 600; }
 .quiet { fill: #57606a; }
+.note { font-style: italic; stroke: #ffffff; stroke-width: 4px; paint-order: stroke; }
 .axis line { stroke: #d0d7de; }
 .bar { stroke: #ffffff; stroke-width: 0.75; }
 .ink-light { fill: #ffffff; }
@@ -61,6 +62,7 @@ text { fill: #1f2328; font-variant-numeric: tabular-nums; }
   text { fill: #e6e8eb; }
   .paper { fill: #16191d; }
   .quiet { fill: #a3abb5; }
+  .note { stroke: #16191d; }
   .axis line { stroke: #3a4048; }
   .bar { stroke: #16191d; }
   .ink-light { fill: #ffffff; }
@@ -171,7 +173,7 @@ def _lane(
     _segments(drawing, group, lane, _LEFT, top, height, scale.per_second)
     if note:
         x = _LEFT + lane.seconds * scale.per_second + 8
-        drawing.text(group, x, line, note, f"{size} quiet", font_style="italic")
+        drawing.text(group, x, line, note, f"note {size} quiet")
     if lane.seconds:
         drawing.text(group, _SUMS_AT, line, _time(lane.seconds), size, text_anchor="end")
     if wall := lane.row.get("wall_seconds"):
@@ -233,7 +235,7 @@ def _pitch(blocks: int) -> float:
 def _summary(profile: Data) -> str:
     workers, wall = profile["workers"], profile["wall_seconds"]
     done = sum(not row["earlier"] for row in profile["blocks"])
-    told = f"{_many(done, 'block')} by {_many(workers, 'worker')} in {_time(wall)}"
+    told = f"{_many(done, 'block')} quantized by {_many(workers, 'worker')} in {_time(wall)}"
     if workers > 1:
         told += f", {_time(sum(profile['total']['seconds'].values()))} of workers' time"
     earlier = len(profile["blocks"]) - done

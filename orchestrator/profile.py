@@ -102,7 +102,7 @@ class Profiler(Observer):
     def submitted(self, assignment: Assignment, worker: int) -> None:
         if self._end is not None:
             return
-        who = self._workers[worker]
+        who = self._there(worker)
         self._stop(who)  # a task that came back for want of its inputs
         row = self._row(getattr(assignment.task, "block", None))
         who.doing = assignment.id, row
@@ -122,9 +122,9 @@ class Profiler(Observer):
         if self._end is not None:
             return
         if event == "worker joined":
-            self._workers[facts["worker"]] = _Worker(self._clock())
+            self._there(facts["worker"])
         elif event == "worker lost":
-            worker = self._workers[facts["worker"]]
+            worker = self._there(facts["worker"])
             worker.until = self._clock()
             worker.lost_at = self._row(None) if worker.doing is None else worker.doing[1]
             self._stop(worker)
@@ -163,6 +163,9 @@ class Profiler(Observer):
         if worker.doing is not None:
             worker.doing[1].end(self._clock())
         worker.doing = None
+
+    def _there(self, worker: int) -> _Worker:
+        return self._workers.setdefault(worker, _Worker(self._clock()))
 
     def _row(self, block: int | None) -> _Row:
         return self._rows.setdefault(block, _Row())
