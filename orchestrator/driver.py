@@ -26,9 +26,11 @@ from orchestrator.identity import (
     with_content,
 )
 from orchestrator.lease import Beat, Lease, take, watch
-from orchestrator.loop import Observer, Summaries, Timings, execute
+from orchestrator.loop import Observer, Observers, Summaries, Timings, execute
 from orchestrator.merge import commit, write_model
+from orchestrator.picture import draw
 from orchestrator.probe import probe_task, refuse_misfit, scaled
+from orchestrator.profile import Profiler
 from orchestrator.report import make_report
 from orchestrator.scheduler import Work
 from orchestrator.statistics import refuse_other_model, write_index
@@ -39,6 +41,7 @@ from workers.layout import (
     KEPT,
     MANIFEST,
     OUTSIDE,
+    PICTURE,
     REPORT,
     block_key,
     dump,
@@ -49,7 +52,7 @@ from workers.plan import Plan
 from workers.publish import read_record
 from workers.store import STORE_PATIENCE_S, Store, open_store
 from workers.survey import survey
-from workers.tasks import Evaluate, Task
+from workers.tasks import Account, Evaluate, Task
 
 SURVEY_BYTES = 4 << 30  # of one task, for workers whose many cores look at many tensors at once
 
@@ -83,7 +86,9 @@ def run_job(
         observer.note("another driver was here", seconds=seconds, **holder)
 
     left = watch(store, beat, waiting)  # before anything is started for it
-    driver = _Driver(prepared, store, observer)
+    profiler = Profiler()
+    observer = Observers(observer, profiler)
+    driver = _Driver(prepared, store, observer, profiler)
     observer.note("workers starting", devices=list(prepared.team.devices))
     executor = start_workers(plan)
     try:
@@ -109,6 +114,7 @@ class _Driver:
     prepared: Prepared
     store: Store
     observer: Observer
+    profiler: Profiler
     timings: Timings = field(default_factory=Timings)
     probed: dict[str, Any] | None = None
 
@@ -148,7 +154,10 @@ class _Driver:
             losses_per_day=prepared.spec.workers.losses_per_day,
             kept=kept_in(store.list(f"{KEPT}/")),
         )
+        self.profiler.begin(executor.present())
         self._work("quantize", works, executor, len(keys), kept, lease)
+        self.profiler.end()
+        self._account(executor)
 
         records = [read_record(store, key) for key in [*keys, OUTSIDE]]
         lease.check()
@@ -157,12 +166,20 @@ class _Driver:
         files = write_model(store, prepared, records)
         metrics = self._evaluate(executor, lease)
         texts = began.get("calibration")
-        report = make_report(prepared, texts, records, metrics, self.timings, self.probed)
+        earlier = [block for block, key in enumerate(keys) if key in done]
+        profile = self.profiler.profile(len(keys), earlier)
+        report = make_report(prepared, texts, records, metrics, self.timings, profile, self.probed)
         lease.check()
-        files[REPORT] = _put_report(store, report)
+        files[REPORT] = _put(store, REPORT, dump(report))
+        files[PICTURE] = _put(store, PICTURE, draw(prepared.spec.name, profile))
         commit(store, prepared.spec.name, files)
         self.observer.note("committed", store=store.url, files=len(files))
         return JobResult(store.url, report)
+
+    def _account(self, executor: Executor) -> None:
+        """Each worker, idle by now, tells what it has not told yet of the time it spent."""
+        tasks: dict[str, Task] = {f"account/{worker}": Account() for worker in executor.present()}
+        execute([Bag(tasks)], executor, self.observer, self.timings)
 
     def _evaluate(self, executor: Executor, lease: Lease) -> dict[str, Any]:
         spec = self.prepared.spec.evaluation
@@ -227,9 +244,8 @@ def finished_keys(store: Store, keys: Sequence[str]) -> set[str]:
     return {key for key in keys if record_name(key) in present}
 
 
-def _put_report(store: Store, report: dict[str, Any]) -> dict[str, Any]:
-    data = dump(report)
-    store.put(REPORT, data)
+def _put(store: Store, name: str, data: bytes) -> dict[str, Any]:
+    store.put(name, data)
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 

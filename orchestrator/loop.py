@@ -23,6 +23,7 @@ from orchestrator.scheduler import (
 )
 
 Summaries = dict[str, dict[str, Any]]  # by task
+_TOLD_AT_ONCE = {"peak_bytes", "spent"}  # of a summary: what is not kept
 
 
 class Observer:
@@ -158,9 +159,11 @@ class _Execution:
         return InputsMissing(news.assignment, news.missing)
 
     def _finished(self, result: Result) -> Event:
-        assignment = self.running.pop(result.assignment)
+        assignment = self.running.pop(result.assignment, None)
+        if assignment is None:  # begun in a phase that did not need it any more
+            return Finished(result.assignment)
         self.timings.of_task(result)
-        facts = {key: fact for key, fact in result.summary.items() if key != "peak_bytes"}
+        facts = {key: fact for key, fact in result.summary.items() if key not in _TOLD_AT_ONCE}
         if facts:  # most have none: what is kept must not grow with the tasks
             self.summaries[name_of(assignment)] = facts
         self.observer.finished(assignment, result)

@@ -19,6 +19,7 @@ from orchestrator.scheduler import MOST_LOSSES, Assignment, step_of
 from workers.plan import LayerPlan, Plan
 from workers.store import STORE_PATIENCE_S
 from workers.tasks import (
+    Account,
     Advance,
     Boundary,
     Collect,
@@ -130,7 +131,7 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
     """What a task is compared by, and how many units it consists of; None: with no other."""
     kind = type(task).__name__
     match task:
-        case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep():
+        case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep() | Account():
             return None
         case Embed(chunks) | Hand(chunks) | Take(chunks) | Drop(chunks):
             return kind, _count(chunks)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from orchestrator.sizes import gib
 from quantcore.errors import JobFaults, QuantfleetError
+from workers.layout import PICTURE
 
 ERR = Console(stderr=True)
 OUT = Console()
@@ -129,6 +130,7 @@ def print_report(result: Any, log: Path) -> None:
     lines = (
         f"artifact  {result.store}  ({sizes['quantized'] / 1e6:.1f} MB; "
         f"source {sizes['source'] / 1e6:.1f} MB)",
+        f"profile   {result.store}/{PICTURE}",
         f"fetch it  quantfleet fetch {result.store} ./out",
         f"log       {log}",
     )

@@ -6,7 +6,7 @@ from typing import Any
 from orchestrator.checks import Prepared, describe
 from orchestrator.loop import Timings
 
-VERSION = 1
+VERSION = 2
 
 
 def make_report(
@@ -15,6 +15,7 @@ def make_report(
     records: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
     timings: Timings,
+    profile: Mapping[str, Any],
     probed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     layers = [line for record in records for line in record["layers"]]
@@ -37,6 +38,7 @@ def make_report(
         "needs": _needs(prepared, timings),
         "probe": probed,
         "evaluation": metrics,
+        "profile": profile,
         "seconds": dict(timings.phases),
         "task_seconds": {
             kind: {"count": count, "mean": seconds / count, "total": seconds}

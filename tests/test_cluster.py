@@ -12,6 +12,7 @@ import pytest
 
 from tests.command import environment, finish, start, wait_for
 from tests.deep import make_site, model_bytes, records, write_job
+from workers.layout import REPORT
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -75,6 +76,9 @@ def test_nodes_that_die_and_nodes_that_come_change_no_bit(site: Path) -> None:
     assert outcome.code == 0, outcome
     assert "is lost" in outcome.err
     assert model_bytes(site, "killed") == model_bytes(site, "whole")
+    profile = _report(site, "killed")["profile"]
+    there = sum(profile["total"]["seconds"].values())
+    assert there <= profile["workers"] * profile["wall_seconds"] + 1e-3  # not all were to the end
 
 
 def test_nodes_of_another_kind_are_passed_over(site: Path) -> None:
@@ -103,14 +107,22 @@ def test_nodes_of_several_kinds_share_a_job(site: Path) -> None:
     assert [e["present"] for e in events if e["event"] == "workers started"] == [2]
     collected = {e["worker"] for e in events if e.get("kind") == "Collect"}
     assert len(collected) == 2
+    profile = _report(site, "mixed")["profile"]
+    there = sum(profile["total"]["seconds"].values())
+    assert there == pytest.approx(2 * profile["wall_seconds"], abs=1e-3)
+    assert {"forward", "hessian", "solve"} <= set(profile["blocks"][-1]["seconds"])
     ours, theirs = (_errors(site, store) for store in ("mixed", "whole"))
     assert ours == pytest.approx(theirs, rel=0.2)
     assert sum(ours) == pytest.approx(sum(theirs), rel=0.02)
 
 
+def _report(site: Path, store: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((site / store / "job" / REPORT).read_text())
+    return report
+
+
 def _errors(site: Path, store: str) -> list[float]:
-    report = json.loads((site / store / "job" / "report" / "report.json").read_text())
-    return [line["relative_output_error"] for line in report["layers"]]
+    return [line["relative_output_error"] for line in _report(site, store)["layers"]]
 
 
 # In a process of its own: Ray is not to be started twice in one. Two workers are wanted, and on

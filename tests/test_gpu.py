@@ -17,6 +17,7 @@ from orchestrator.loop import Observer
 from orchestrator.scheduler import Assignment
 from tests.conftest import ARCHITECTURES, save_wide_model
 from workers.blocks import BlockModel, run_block
+from workers.clock import DeviceTicks
 from workers.sources import open_source
 from workers.tasks import Collect
 
@@ -192,3 +193,26 @@ def test_statistics_of_one_kind_serve_on_another(job_file: JobFile, text_file: P
     whole = run_on_gpu(job_file("whole", workers={})).report["layers"][:7]
     assert first == pytest.approx([line["relative_output_error"] for line in whole], rel=0.02)
     assert result.report["statistics"]["kind"]["device"] == "cpu"
+
+
+def test_a_mark_passes_when_the_device_gets_there() -> None:
+    ticks = DeviceTicks(torch.device("cuda"))
+    start = ticks.now()
+    torch.cuda._sleep(200_000_000)  # cycles
+    end = ticks.now()
+    assert not ticks.passed(end)
+    ticks.wait(end)
+    assert ticks.passed(start)
+    assert ticks.seconds(start, end) > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_devices_time_is_in_the_profile(job_file: JobFile, dtype: str) -> None:
+    result = run_on_gpu(job_file(compute_dtype=dtype, workers={}))
+    profile = result.report["profile"]
+    told = sum(profile["total"]["seconds"].values())
+    assert told == pytest.approx(profile["wall_seconds"], rel=0.02)  # by two clocks
+    for row in profile["blocks"]:
+        assert {"read", "forward", "hessian", "factor", "solve", "pack"} <= set(row["seconds"])
+        assert all(seconds >= 0 for seconds in row["seconds"].values())
+    assert "read" in profile["total"]["hidden"]

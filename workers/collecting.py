@@ -12,6 +12,7 @@ from quantcore.moments import Moments, band_rows, moment_tree
 from quantcore.ranges import Ranges, range_tree
 from quantcore.tree import Tree
 from workers.blocks import Inputs, linears_of, run_block
+from workers.clock import Clock
 from workers.plan import Plan
 from workers.tasks import BandMoments, InputRanges
 
@@ -24,10 +25,17 @@ class Collector:
     """Hooks on the first linear of each LinearGroup that has something to quantize."""
 
     def __init__(
-        self, block: nn.Module, prefix: str, plan: Plan, index: int, device: torch.device
+        self,
+        block: nn.Module,
+        prefix: str,
+        plan: Plan,
+        index: int,
+        device: torch.device,
+        clock: Clock,
     ) -> None:
         self._block = block
         self._index = index
+        self._clock = clock
         self._chunk = 0
         self._real_T: Tensor | None = None
         self._sums: dict[int, Tree[Moments]] = {}  # by the group's number
@@ -56,12 +64,13 @@ class Collector:
     def parts(self, bands: tuple[int, ...]) -> tuple[BandMoments | InputRanges, ...]:
         """What was added up: each group's sums in its number of row bands, then all ranges."""
         parts: list[BandMoments | InputRanges] = []
-        for number, sums in self._sums.items():
-            sums.close()
-            parts += _bands(sums, bands[number])
-        for ranges in self._ranges.values():
-            ranges.close()
-            parts.append(_packed(ranges))
+        with self._clock.spent("hessian"):
+            for number, sums in self._sums.items():
+                sums.close()
+                parts += _bands(sums, bands[number])
+            for ranges in self._ranges.values():
+                ranges.close()
+                parts.append(_packed(ranges))
         return tuple(parts)
 
     def _hook(self, number: int, last: bool) -> Any:
@@ -76,11 +85,12 @@ class Collector:
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             collector = weak()
             assert collector is not None
-            x_TI = args[0].flatten(0, -2)
-            if collector._real_T is not None:
-                x_TI = x_TI[collector._real_T]
-            for tree in trees:
-                tree.add(collector._chunk, x_TI)
+            with collector._clock.spent("hessian"):
+                x_TI = args[0].flatten(0, -2)
+                if collector._real_T is not None:
+                    x_TI = x_TI[collector._real_T]
+                for tree in trees:
+                    tree.add(collector._chunk, x_TI)
             if last:
                 raise _AllSeenError
 

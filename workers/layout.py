@@ -16,6 +16,7 @@ STATISTICS = "statistics"
 STATISTICS_INDEX = f"{STATISTICS}/index.json"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"
+PICTURE = "report/profile.svg"  # of the report's profile
 MODEL = "model"
 INDEX = f"{MODEL}/model.safetensors.index.json"
 

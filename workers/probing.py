@@ -15,6 +15,7 @@ import torch
 
 from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
+from workers.clock import Clock
 from workers.collecting import Collector
 from workers.held import Held
 from workers.plan import Plan
@@ -26,6 +27,7 @@ from workers.tasks import BandMoments, InputRanges, Probe, Solve
 def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
     """Seconds and peaks of bytes, by step; `device_room` is what torch can have of the device."""
     device = model.device
+    clock = Clock(device)  # measures nothing outside a task; here a step's device is waited for
     seconds: dict[str, float] = {}
     peaks: dict[str, dict[str, int]] = {}
 
@@ -46,7 +48,7 @@ def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
     with measured("load"):
         block = model.block(task.block)
     prefix = model.prefix(task.block)
-    collector = Collector(block, prefix, plan, task.block, device)
+    collector = Collector(block, prefix, plan, task.block, device, clock)
     with measured("collect"):
         for chunk in task.chunks:
             collector.run(chunk, held.at(chunk, 0))
@@ -66,7 +68,7 @@ def probe_block(plan: Plan, model: BlockModel, task: Probe) -> dict[str, Any]:
     with measured("solve"):
         chunks = plan.contract.chunks
         known = whole((_as_if_all(part, chunks) for part in collected), chunks, device)
-        solved = solve_group(plan, solve, known, model.source, device)
+        solved = solve_group(plan, solve, known, model.source, device, clock)
     room = None
     if device.type != "cpu":
         part: Any = getattr(torch, device.type)

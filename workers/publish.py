@@ -19,6 +19,7 @@ from torch import Tensor
 from quantcore.affine import Qparams, dequantize
 from quantcore.errors import StoreError
 from quantcore.formats import FORMATS, QuantizedLinear
+from workers.clock import Clock
 from workers.layout import block_file, hash_file, record_name
 from workers.plan import GroupPlan, LayerPlan, Plan
 from workers.rounding import fitted_stack
@@ -141,7 +142,11 @@ def encode_solved(
 
 
 def encode_rounded(
-    plan: Plan, groups: Iterable[GroupPlan], source: ModelSource, device: torch.device
+    plan: Plan,
+    groups: Iterable[GroupPlan],
+    source: ModelSource,
+    device: torch.device,
+    clock: Clock,
 ) -> Encoded:
     """Some linears by nearest codes, on grids from the extremes or as HQQ fits them."""
     tensors: dict[str, Tensor] = {}
@@ -149,7 +154,8 @@ def encode_rounded(
     stacks = (stack for group in groups for stack in group.stacks())
     rows = (row for stack in stacks for row in fitted_stack(plan, stack, source, device))
     for layer, w_OI, linear in rows:
-        tensors |= _encoded(plan, layer, linear, source)
+        with clock.spent("pack"):
+            tensors |= _encoded(plan, layer, linear, source)
         delta_OI = w_OI.float() - dequantize(linear.codes_OI, linear.qparams, linear.scheme)
         norm = w_OI.float().norm().item()
         line = report_line(layer, {}, None)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.clock import Clock, timed
 from workers.sources import ModelSource
 
 Tensors = dict[str, Tensor]
@@ -20,12 +21,13 @@ Tensors = dict[str, Tensor]
 class ResidentSource:
     """As the source it stands before; what it holds is read from the device."""
 
-    def __init__(self, source: ModelSource, device: torch.device) -> None:
+    def __init__(self, source: ModelSource, device: torch.device, clock: Clock) -> None:
         self._source = source
+        self._clock = clock
         self._device = device
         self._held: Tensors = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._coming: tuple[frozenset[str], Future[Tensors]] | None = None
+        self._coming: tuple[frozenset[str], Future[tuple[Tensors, float]]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
@@ -38,7 +40,7 @@ class ResidentSource:
             read = self._taken(wanted)
             self._held = {n: t.to(self._device, non_blocking=True) for n, t in read.items()}
         if later and (self._coming is None or self._coming[0] != later):
-            self._coming = (later, self._reader.submit(self._pinned, later))
+            self._coming = (later, self._reader.submit(timed, self._pinned, later))
 
     def release(self) -> None:
         self._held = {}
@@ -56,7 +58,7 @@ class ResidentSource:
         """What was read ahead, if it is what is wanted now; an error of the reader's is ours."""
         coming, self._coming = self._coming, None
         if coming is not None and coming[0] == wanted:
-            return coming[1].result()
+            return self._clock.awaited("read", coming[1])
         return dict(self._source.read(sorted(wanted)))
 
     def _pinned(self, names: frozenset[str]) -> Tensors:

@@ -17,6 +17,7 @@ from quantcore.errors import SolveError
 from quantcore.formats import FORMATS
 from quantcore.gptq import Factor, factorize, solve
 from quantcore.schemes import Scheme
+from workers.clock import Clock
 from workers.plan import RUN_WEIGHTS, LayerPlan, Plan
 from workers.rounding import grid_of
 from workers.smoothing import GroupInputs, smooth_group
@@ -40,14 +41,16 @@ def solve_group(
     statistics: GroupStatistics,
     source: ModelSource,
     device: torch.device,
+    clock: Clock,
 ) -> SolvedGroup:
     """Quantize some row tiles, from statistics that are on the device."""
-    known, facts = _learn(plan, task, statistics, source)
+    known, facts = _learn(plan, task, statistics, source, clock)
     stacks = plan.blocks[task.block].groups[task.group].stacks()
     tiles = []
     for number in sorted({stack for stack, _ in task.tiles}):
         stack = stacks[number]
-        w_OI = stacked_weights(stack, source)
+        with clock.spent("read"):
+            w_OI = stacked_weights(stack, source)
         largest = _largest(w_OI, stack[0].scheme, known)
         rows = [plan.row_tiles(stack)[tile] for stack_, tile in task.tiles if stack_ == number]
         for first, last in _runs(rows, w_OI.shape[1], device):
@@ -79,7 +82,7 @@ def _runs(
 
 
 def _learn(
-    plan: Plan, task: Solve, statistics: GroupStatistics, source: ModelSource
+    plan: Plan, task: Solve, statistics: GroupStatistics, source: ModelSource, clock: Clock
 ) -> tuple[_Known, dict[str, Any]]:
     """Choose the smoothing and factor the Hessian; and facts for the report."""
     group = plan.blocks[task.block].groups[task.group]
@@ -102,7 +105,8 @@ def _learn(
         solved = (group.stacks()[number][0] for number, _ in task.tiles)
         if any(plan.rounding(layer) == "gptq" for layer in solved):
             try:
-                factor = factorize(h_II, plan.gptq)
+                with clock.spent("factor"):
+                    factor = factorize(h_II, plan.gptq)
                 facts["damping"] = factor.damping
             except SolveError as error:
                 facts["fallback"] = f"rtn: {error}"

@@ -193,6 +193,11 @@ class Probe:
     tiles: tuple[tuple[int, int], ...]  # (stack, tile)
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Tell what of the time spent was not told yet; a device is waited for (see clock.py)."""
+
+
 Task = (
     Survey
     | Probe
@@ -215,6 +220,7 @@ Task = (
     | Quantize
     | CopyOutside
     | Evaluate
+    | Account
 )
 
 

@@ -5,6 +5,7 @@ It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 
 import contextlib
 import operator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from quantcore.errors import LeaseError, QuantfleetError, ResourceError
 from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
+from workers.clock import Clock, TimedSource
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
 from workers.fusing import fuse
@@ -37,6 +39,7 @@ from workers.statistics import GroupStatistics, keep, load, reduce_band, whole
 from workers.store import STORE_PATIENCE_S, open_store
 from workers.survey import survey
 from workers.tasks import (
+    Account,
     Advance,
     Boundary,
     Collect,
@@ -73,12 +76,14 @@ class Worker:
         make_repeatable(plan.contract.threads)
         self._plan = plan
         self.device = torch.device(device)
+        self._clock = Clock(self.device)
         source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
-        self._source: ModelSource = source
+        self._resident: ResidentSource | None = None
         self._threads = plan.contract.threads
         if self.device.type != "cpu":
-            self._source = ResidentSource(source, self.device)
+            self._resident = ResidentSource(source, self.device, self._clock)
             self._threads = cores_beside(self.device.type)
+        self._source: ModelSource = TimedSource(self._resident or source, self._clock)
         conditional = plan.conditional_writes
         self._store = open_store(
             plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S
@@ -86,7 +91,7 @@ class Worker:
         self._model = BlockModel(self._source, plan.torch_dtype, self.device)
         self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
-        self._writer = Writer()
+        self._writer = Writer(self._clock)
         self._encoded: tuple[tuple[SolvedGroup, ...], Encoded] | None = None  # the latest block
         self._tell = tell
         mixed = plan.contract.kind == MIXED  # else all are as fast as each other, till it shows
@@ -101,19 +106,26 @@ class Worker:
         """
         if not isinstance(task, Boundary):
             self._source_blocks.clear()
+        with self._clock.task(task):
+            outcome = self._tried(task, inputs)
+        told = self._clock.told(wait=isinstance(task, Account))
+        facts = {"peak_bytes": peak_bytes(self.device), "spent": told}
+        return Outcome({**outcome.summary, **facts}, outcome.parts)
+
+    def _tried(self, task: Task, inputs: tuple[Any, ...]) -> Outcome:
+        """Its result; tried again while hidden states can be moved out of the way."""
         spilled: dict[str, Any] = {}
         while True:
             try:
                 outcome = self._run(task, inputs)
-                peak = {"peak_bytes": peak_bytes(self.device)}
-                return Outcome({**outcome.summary, **spilled, **peak}, outcome.parts)
+                return Outcome({**outcome.summary, **spilled}, outcome.parts)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 why = str(error)
             # outside the handler, whose traceback holds on to the tensors of the attempt
             self._source_blocks.clear()
             self._encoded = None
-            if isinstance(self._source, ResidentSource):
-                self._source.release()
+            if self._resident is not None:
+                self._resident.release()
             place = self._held.spill()
             if place is None:
                 kind = type(task).__name__
@@ -161,12 +173,12 @@ class Worker:
                 return Outcome({}, (reduce_band(inputs, self._plan.contract.chunks),))
             case Solve():
                 self._hold(task.block)
-                known = whole(inputs, self._plan.contract.chunks, self.device)
-                return Outcome(
-                    {}, (solve_group(self._plan, task, known, self._source, self.device),)
-                )
+                with self._clock.spent("hessian"):
+                    known = whole(inputs, self._plan.contract.chunks, self.device)
+                return Outcome({}, (self._solve(task, known),))
             case Save(block, number):
-                known = whole(inputs, self._plan.contract.chunks, torch.device("cpu"))
+                with self._clock.spent("hessian"):
+                    known = whole(inputs, self._plan.contract.chunks, torch.device("cpu"))
                 group = self._plan.blocks[block].groups[number]
                 keep(self._store, block, number, group, known)
                 return Outcome()
@@ -180,33 +192,37 @@ class Worker:
                 return self._boundary(task)
             case Round(block, epoch):
                 groups = self._plan.blocks[block].groups
-                encoded = encode_rounded(self._plan, groups, self._source, self.device)
+                encoded = self._rounded(groups)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
             case Quantize():
                 return self._quantize(task)
             case CopyOutside(epoch):
                 head = [GroupPlan((self._plan.head,))] if self._plan.head else []
-                encoded = encode_rounded(self._plan, head, self._source, self.device)
+                encoded = self._rounded(head)
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():
                 return self._evaluate(task)
+            case Account():
+                return Outcome()
 
     def _block(self, index: int, replace: dict[str, Tensor] | None = None) -> nn.Module:
-        block = self._model.block(index, replace)
+        with self._clock.spent("read"):
+            block = self._model.block(index, replace)
         if self.device.type != "cpu" and self._plan.torch_dtype != torch.float32:
             fuse(block)
         return block
 
     def _hold(self, index: int) -> None:
         """Have a block's weights on an accelerator, and the next block's on their way."""
-        if isinstance(self._source, ResidentSource):
+        if self._resident is not None:
             later = self._model.block_tensors(index + 1) if index + 1 < len(self._model) else ()
-            self._source.hold(self._model.block_tensors(index), later)
+            with self._clock.spent("read"):
+                self._resident.hold(self._model.block_tensors(index), later)
 
     def _collect(self, task: Collect) -> Outcome:
         self._hold(task.block)
         block, prefix = self._block(task.block), self._model.prefix(task.block)
-        collector = Collector(block, prefix, self._plan, task.block, self.device)
+        collector = Collector(block, prefix, self._plan, task.block, self.device, self._clock)
         for chunk in sorted(task.chunks):
             collector.run(chunk, self._held.at(chunk, task.block))
         return Outcome({}, collector.parts(task.bands))
@@ -231,9 +247,16 @@ class Worker:
             if len(made_of) == len(solved) and all(map(operator.is_, made_of, solved)):
                 return encoded
         groups = self._plan.blocks[block].groups
-        encoded = encode_solved(self._plan, groups, solved, self._source)
+        with self._clock.spent("pack"):
+            encoded = encode_solved(self._plan, groups, solved, self._source)
         self._encoded = (solved, encoded)
         return encoded
+
+    def _rounded(self, groups: Iterable[GroupPlan]) -> Encoded:
+        return encode_rounded(self._plan, groups, self._source, self.device, self._clock)
+
+    def _solve(self, task: Solve, known: GroupStatistics) -> SolvedGroup:
+        return solve_group(self._plan, task, known, self._source, self.device, self._clock)
 
     def _quantize(self, task: Quantize) -> Outcome:
         plan = self._plan
@@ -245,14 +268,16 @@ class Worker:
         for number, group in enumerate(groups):
             if not group.quantized():
                 continue
-            known = load(kept, plan.statistics[first + number], self.device)
+            with self._clock.spent("read"):
+                known = load(kept, plan.statistics[first + number], self.device)
             known = GroupStatistics(
                 known.moments if plan.summed(group) else None,
                 known.ranges if plan.ranged(group) else None,
             )
             whole_group = Solve(task.block, number, plan.tiles(group))
-            solved.append(solve_group(plan, whole_group, known, self._source, self.device))
-        encoded = encode_solved(plan, groups, solved, self._source)
+            solved.append(self._solve(whole_group, known))
+        with self._clock.spent("pack"):
+            encoded = encode_solved(plan, groups, solved, self._source)
         names = self._model.block_tensors(task.block)
         return self._put(task.epoch, block_key(task.block), encoded, names)
 
@@ -261,7 +286,8 @@ class Worker:
         self._refuse_if_replaced(epoch)
         tensors, lines = encoded
         whole_block = self._with_kept(tensors, lines, names)
-        return Outcome({"record": publish(self._store, key, whole_block, lines)})
+        with self._clock.spent("write"):
+            return Outcome({"record": publish(self._store, key, whole_block, lines)})
 
     def _with_kept(
         self, tensors: dict[str, Tensor], lines: list[dict[str, Any]], names: list[str]
@@ -272,7 +298,9 @@ class Worker:
         return {**kept, **tensors}
 
     def _refuse_if_replaced(self, epoch: int) -> None:
-        if self._store.exists(epoch_name(epoch + 1)):
+        with self._clock.spent("write"):
+            replaced = self._store.exists(epoch_name(epoch + 1))
+        if replaced:
             raise LeaseError(f"another driver has taken {self._store.url} over: this one stops")
 
     def _advance(self, task: Advance, solved: tuple[SolvedGroup, ...]) -> Outcome:
@@ -282,8 +310,10 @@ class Worker:
             if solved:
                 tensors, _ = self._encode(index, solved)
             else:
-                tensors = published_tensors(self._store, block_key(index))
-            weights = decoded_weights(tensors, self._plan, index, self.device)
+                with self._clock.spent("read"):
+                    tensors = published_tensors(self._store, block_key(index))
+            with self._clock.spent("pack"):
+                weights = decoded_weights(tensors, self._plan, index, self.device)
         block = self._block(index, weights)
         for chunk in task.chunks:
             if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
@@ -302,12 +332,14 @@ class Worker:
             hidden = [inputs.hidden_BLH for inputs in batches]
             for index in range(task.first, task.last):
                 if index not in self._source_blocks:
-                    self._source_blocks[index] = self._block(index)
+                    with self._clock.spent("read", index):
+                        self._source_blocks[index] = self._block(index)
                 block = self._source_blocks[index]
-                hidden = [
-                    run_block(block, inputs.calls[index], hidden_BLH)
-                    for inputs, hidden_BLH in zip(batches, hidden, strict=True)
-                ]
+                with self._clock.spent("forward", index):
+                    hidden = [
+                        run_block(block, inputs.calls[index], hidden_BLH)
+                        for inputs, hidden_BLH in zip(batches, hidden, strict=True)
+                    ]
             parts.append(pack(task.last, hidden))
         return Outcome({}, tuple(parts))
 

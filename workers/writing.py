@@ -7,24 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.clock import Clock, timed
+
 Tensors = dict[str, Tensor]
 
 
 class Writer:
     """One block at a time; how it ended is told when that is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
         self._latest: Future[Any] | None = None
 
     def begin(self, tensors: Tensors, write: Callable[[Tensors], Any]) -> None:
         """Write tensors, of which copies are on the host before a thread begins with them."""
-        copies, copied = _on_host(tensors)
+        with self._clock.spent("write"):
+            copies, copied = _on_host(tensors)
 
-        def work() -> Any:
+        def work() -> tuple[Any, float]:
             if copied is not None:
                 copied.synchronize()
-            return write(copies)
+            return timed(write, copies)
 
         self.settle()
         self._latest = self._pool.submit(work)
@@ -32,7 +36,7 @@ class Writer:
     def settle(self) -> Any:
         """What the latest write gave, once it has ended; its error, if it failed."""
         latest, self._latest = self._latest, None
-        return None if latest is None else latest.result()
+        return None if latest is None else self._clock.awaited("write", latest)
 
 
 def _on_host(tensors: Tensors) -> tuple[Tensors, Any]:
