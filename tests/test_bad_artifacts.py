@@ -221,8 +221,8 @@ def begun(
 def _write(folder: Path, **changes: dict[str, Any]) -> Path:
     job = {key: {**section, **changes.get(key, {})} for key, section in _JOB.items()}
     job["calibration"] = {"text": "text.txt", **job["calibration"]}
-    job |= {"model": {"path": "model"}, "output": {"store": "store"}}
-    job |= {key: value for key, value in changes.items() if key not in job}
+    job |= {"model": {"path": "model"}, "output": {"store": "store"}, "compute_dtype": "float32"}
+    job |= {key: value for key, value in changes.items() if key not in _JOB}
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job))
     return path

@@ -10,7 +10,8 @@ in windows of 1,024, float32. The peer's clock covers oneshot alone; ours covers
 quantization phase, reading the weights and publishing the artifact included. Two threads each:
 ours as two workers of one thread.
 
-The peer runs in an environment of its own (llmcompressor==0.14.0.1).
+The peer runs in an environment of its own (llmcompressor==0.14.0.1). With `--kind cuda` ours runs in
+this process on a GPU instead, to see what that does to the perplexity.
 """
 
 import argparse
@@ -28,7 +29,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.checks import check
+from orchestrator.driver import run_job
+from orchestrator.executors import InProcessExecutor
 from orchestrator.fetch import fetch
+from orchestrator.loop import Observer
 from tests.benchmarks.perplexity import perplexity
 from workers.store import open_store
 
@@ -105,16 +110,28 @@ def _ours(options: argparse.Namespace, scratch: Path, calibration: Path) -> dict
             "length": options.length,
             "shards": options.shards,
         },
-        "workers": {"count": 2, "threads": 1},
+        "workers": {"count": 2, "threads": 1, "kind": "cpu"},
         "output": {"store": str(scratch / "store")},
     }
     file = scratch / "job.yaml"
+    if options.kind != "cpu":
+        job["workers"] = {"count": 1, "kind": options.kind}
+        file.write_text(yaml.safe_dump(job))
+        report = _in_this_process(file)
+        fetch(open_store(f"{scratch}/store/bench"), scratch / "ours")
+        return {"seconds": report["seconds"]["quantize"], "spent": report["profile"]["total"]}
     file.write_text(yaml.safe_dump(job))
     command = [sys.executable, "-m", "orchestrator", "run", str(file), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     report = json.loads(done.stdout)["report"]
     fetch(open_store(f"{scratch}/store/bench"), scratch / "ours")
-    return {"seconds": report["seconds"]["quantize"], "tasks": report["task_seconds"]}
+    return {"seconds": report["seconds"]["quantize"], "spent": report["profile"]["total"]}
+
+
+def _in_this_process(file: Path) -> Any:
+    prepared = check(file)
+    devices = prepared.team.devices
+    return run_job(prepared, lambda plan: InProcessExecutor(plan, devices), Observer()).report
 
 
 def _peer(options: argparse.Namespace, scratch: Path, calibration: Path) -> dict[str, Any]:
@@ -142,7 +159,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--shards", type=int, default=1, help="of our side: runs of blocks")
-    parser.add_argument("--compute-dtype", default="float32")
+    parser.add_argument("--compute-dtype", default="auto", help="of our side")
+    parser.add_argument("--kind", choices=["cpu", "cuda"], default="cpu", help="of our side")
     parser.add_argument("--quantization", default="{}", help="more keys of the section, as JSON")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return parser.parse_args()

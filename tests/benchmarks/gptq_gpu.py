@@ -6,7 +6,8 @@ Random weights of a model's widths, W4A16 symmetric in groups of 128, bfloat16. 
 models of few and of more blocks from few and from more sequences of 2,048 tokens, every run in a
 process of its own that has done the like once before the clock starts. Told is what one more block
 costs, from the difference of few and many, everything included: ours is the clock of a whole job,
-from its check to its manifest; the peer's covers oneshot alone, neither load nor save.
+from its check to its manifest (of several jobs, in that process, the median); the peer's covers one
+oneshot alone, neither load nor save. Of ours it is also told what it was spent on.
 
 The error of both: trace((W-Q) H (W-Q)^T) over trace(W H W^T) of each linear of the first block, H
 from the same calibration inputs, and how far the last block's outputs are moved on some of them.
@@ -45,7 +46,7 @@ ERROR_SEQUENCES = 16
 def main() -> None:
     options = _options()
     if options.job:
-        print(json.dumps(_job(options.job)))
+        print(json.dumps(_job(options.job, options.repeats)))
         return
     results: dict[str, Any] = {"machine": _machine(), "shape": options.shape, "runs": []}
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
@@ -78,6 +79,7 @@ def _run(
     if side == "ours":
         job = _write_job(folder, model, ids, options.length)
         command = [sys.executable, "-m", "tests.benchmarks.gptq_gpu", "--job", str(job)]
+        command += ["--repeats", str(options.repeats)]
     else:
         command = [options.peer_python, str(PEER), str(model), str(ids), str(out)]
         command += ["--device", "cuda", "--dtype", "bfloat16", "--group", "128", "--threads", "8"]
@@ -114,8 +116,8 @@ def _write_job(folder: Path, model: Path, ids: Path, length: int) -> Path:
     return path
 
 
-def _job(path: Path) -> dict[str, Any]:
-    """One job of ours, on one worker in this process."""
+def _job(path: Path, repeats: int) -> dict[str, Any]:
+    """A job of ours, on one worker in this process: the median of several by their seconds."""
     from orchestrator.checks import check
     from orchestrator.driver import run_job
     from orchestrator.executors import InProcessExecutor
@@ -132,13 +134,18 @@ def _job(path: Path) -> dict[str, Any]:
 
     run()  # libraries are imported and loaded, kernels compiled
     store = Path(yaml.safe_load(path.read_text())["output"]["store"])
-    shutil.rmtree(store)
     torch.cuda.reset_peak_memory_stats()
-    report, seconds = run()
+    runs = []
+    for _ in range(repeats):
+        shutil.rmtree(store)
+        runs.append(run())
+    report, seconds = sorted(runs, key=lambda one: one[1]["seconds"])[len(runs) // 2]
     return {
         **seconds,
+        "all_seconds": [round(told["seconds"], 3) for _, told in runs],
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "phases": report["seconds"],
+        "spent": report["profile"]["total"]["seconds"],
         "tasks": {kind: told["total"] for kind, told in report["task_seconds"].items()},
     }
 
@@ -211,16 +218,23 @@ def _decoded(artifact: Path) -> dict[str, Tensor]:
 
 def _marginal(runs: list[dict[str, Any]]) -> Any:
     """By side and sequences: what one more block costs."""
-    found: dict[tuple[str, int], dict[int, float]] = {}
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
     for run in runs:
-        found.setdefault((run["side"], run["sequences"]), {})[run["blocks"]] = run["seconds"]
-    costs = {}
-    for key, seconds in found.items():
-        few, many = min(seconds), max(seconds)
-        if few < many:
-            costs[key] = (seconds[many] - seconds[few]) / (many - few)
+        found.setdefault((run["side"], run["sequences"]), {})[run["blocks"]] = run
+    costs, parts = {}, {}
+    for key, by_blocks in found.items():
+        few, many = min(by_blocks), max(by_blocks)
+        if few == many:
+            continue
+        less, more = by_blocks[few], by_blocks[many]
+        costs[key] = (more["seconds"] - less["seconds"]) / (many - few)
+        before = less.get("spent", {})
+        spent = more.get("spent", {})
+        parts[key] = {p: round((s - before.get(p, 0)) / (many - few), 4) for p, s in spent.items()}
     for (side, sequences), block_s in costs.items():
         line = {"side": side, "sequences": sequences, "block_s": block_s}
+        if side == "ours":
+            line["spent"] = parts[side, sequences]
         if side == "ours" and ("peer", sequences) in costs:
             line["peer_over_ours"] = costs["peer", sequences] / block_s
         yield line
@@ -242,6 +256,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sequences", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3, help="jobs of ours in one process")
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-path", help="PYTHONPATH of the peer, if not this one's")
     parser.add_argument("--scratch", default=None)
