@@ -10,8 +10,8 @@ in windows of 1,024, float32. The peer's clock covers oneshot alone; ours covers
 quantization phase, reading the weights and publishing the artifact included. Two threads each:
 ours as two workers of one thread.
 
-The peer runs in an environment of its own (llmcompressor==0.14.0.1). With `--kind cuda` ours runs in
-this process on a GPU instead, to see what that does to the perplexity.
+The peer runs in an environment of its own (llmcompressor==0.14.0.1). With `--kind cuda` ours runs
+in this process on a GPU instead, to see what that does to the perplexity.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def _peer(options: argparse.Namespace, scratch: Path, calibration: Path) -> dict
 
 
 def _machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "compressed-tensors", "ray")
+    packages = ("torch", "transformers", "compressed-tensors")
     cpu = platform.processor() or platform.machine()
     return {"cpu": cpu, "python": platform.python_version()} | {p: version(p) for p in packages}
 

@@ -77,11 +77,10 @@ class Way:
         lower = {name: sum_II.tril() / tokens for name, sum_II in sums.items()}
         return {name: one + one.tril(-1).t() for name, one in lower.items()}
 
-    def solved(self, index: int, squares: Squares) -> Weights:
+    def solved(self, weights: Weights, squares: Squares) -> Weights:
         found = {}
-        for name, linear in linears_of(self.model.block(index)):
-            key = self.model.prefix(index) + name
-            w_OI = linear.weight.float().to(self.solve_on)
+        for key, w_OI in weights.items():
+            w_OI = w_OI.to(self.solve_on, torch.float32)
             factor = factorize(squares[key].to(self.solve_on), GptqConfig())
             qparams = search_qparams(w_OI, factor.column_costs(), SCHEME, stored=torch.float32)
             codes_OI = solve(w_OI, qparams, SCHEME, factor, BLOCK_COLUMNS)
@@ -116,11 +115,11 @@ def main() -> None:
             for name, linear in linears_of(plain.model.block(index))
         }
         squares = plain.squares(index, on_plain)
-        found = plain.solved(index, squares)
+        found = plain.solved(weights, squares)
         calls = [b.calls for b in on_fast]
         mixed = [Inputs(b.hidden_BLH, c) for b, c in zip(on_plain, calls, strict=True)]
-        alike = fast.solved(index, fast.squares(index, mixed))
-        apart = fast.solved(index, fast.squares(index, on_fast))
+        alike = fast.solved(weights, fast.squares(index, mixed))
+        apart = fast.solved(weights, fast.squares(index, on_fast))
         own = [Inputs(b.hidden_BLH, p.calls) for b, p in zip(on_fast, on_plain, strict=True)]
         squares_apart = plain.squares(index, own)
         for name, w_OI in weights.items():
