@@ -38,12 +38,14 @@ KINDS = {
 class Source:
     """A llama's headers and nothing else."""
 
-    path = Path("/nowhere/model.gguf")
+    path = "/nowhere/model.gguf"
+    remote = False
 
     def __init__(self, model: Architecture, dtype: torch.dtype) -> None:
         self.tensors = dict(_tensors(model, dtype))
         text = SimpleNamespace(num_attention_heads=32)
         self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.companion_bytes = lambda: 2**25
 
 
 def _tensors(model: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, TensorInfo]]:

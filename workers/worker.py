@@ -5,13 +5,13 @@ It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 
 import contextlib
 import operator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcore.errors import LeaseError, QuantfleetError, ResourceError
+from quantcore.errors import LeaseError, QuantfleetError, ResourceError, SourceError
+from workers.ahead import ReadAhead
 from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
 from workers.collecting import Collector
@@ -73,11 +73,15 @@ class Worker:
         make_repeatable(plan.contract.threads)
         self._plan = plan
         self.device = torch.device(device)
-        source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
-        self._source: ModelSource = source
+        gguf_dtype = getattr(torch, plan.gguf_dtype)
+        source = open_source(plan.model_path, gguf_dtype, patience_s=STORE_PATIENCE_S)
+        if plan.model_version not in {"", source.version}:
+            raise SourceError(f"{source.path} has changed since the job was checked: start again")
+        self._ahead = ReadAhead(source) if source.remote else None
+        self._source: ModelSource = self._ahead or source
         self._threads = plan.contract.threads
         if self.device.type != "cpu":
-            self._source = ResidentSource(source, self.device)
+            self._source = ResidentSource(self._source, self.device)
             self._threads = cores_beside(self.device.type)
         conditional = plan.conditional_writes
         self._store = open_store(
@@ -112,8 +116,7 @@ class Worker:
             # outside the handler, whose traceback holds on to the tensors of the attempt
             self._source_blocks.clear()
             self._encoded = None
-            if isinstance(self._source, ResidentSource):
-                self._source.release()
+            self._release()
             place = self._held.spill()
             if place is None:
                 kind = type(task).__name__
@@ -179,6 +182,7 @@ class Worker:
             case Boundary():
                 return self._boundary(task)
             case Round(block, epoch):
+                self._fetch(block)
                 groups = self._plan.blocks[block].groups
                 encoded = encode_rounded(self._plan, groups, self._source, self.device)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
@@ -198,10 +202,24 @@ class Worker:
         return block
 
     def _hold(self, index: int) -> None:
-        """Have a block's weights on an accelerator, and the next block's on their way."""
-        if isinstance(self._source, ResidentSource):
-            later = self._model.block_tensors(index + 1) if index + 1 < len(self._model) else ()
+        """Have a block's weights on an accelerator, and the next block's on their way.
+
+        On the CPU those of a remote model. Another shard's first block is another worker's.
+        """
+        if isinstance(self._source, ResidentSource | ReadAhead):
+            last = any(index + 1 == end for _, end in self._plan.shard_ranges())
+            later = () if last else self._model.block_tensors(index + 1)
             self._source.hold(self._model.block_tensors(index), later)
+
+    def _fetch(self, index: int) -> None:
+        """Have a remote model's block read at once; its neighbours may be others' work."""
+        if self._ahead is not None:
+            self._ahead.hold(self._model.block_tensors(index))
+
+    def _release(self) -> None:
+        for source in (self._source, self._ahead):
+            if isinstance(source, ResidentSource | ReadAhead):
+                source.release()
 
     def _collect(self, task: Collect) -> Outcome:
         self._hold(task.block)
@@ -236,6 +254,7 @@ class Worker:
         return encoded
 
     def _quantize(self, task: Quantize) -> Outcome:
+        self._fetch(task.block)
         plan = self._plan
         assert plan.calibration is not None and plan.calibration.statistics is not None
         kept = open_store(plan.calibration.statistics, patience_s=STORE_PATIENCE_S)
@@ -284,6 +303,8 @@ class Worker:
             else:
                 tensors = published_tensors(self._store, block_key(index))
             weights = decoded_weights(tensors, self._plan, index, self.device)
+        else:
+            self._hold(index)
         block = self._block(index, weights)
         for chunk in task.chunks:
             if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
@@ -302,6 +323,7 @@ class Worker:
             hidden = [inputs.hidden_BLH for inputs in batches]
             for index in range(task.first, task.last):
                 if index not in self._source_blocks:
+                    self._hold(index)
                     self._source_blocks[index] = self._block(index)
                 block = self._source_blocks[index]
                 hidden = [
@@ -313,6 +335,7 @@ class Worker:
 
     def _evaluate(self, task: Evaluate) -> Outcome:
         self._held.clear()
+        self._release()
         self._model.release_outside()
         dtype = self._plan.torch_dtype
         tokenizer = self._source.tokenizer()
