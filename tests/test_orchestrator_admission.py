@@ -276,6 +276,22 @@ def test_every_part_grows_with_what_it_is_for() -> None:
     assert two.object_store["hand-overs"] > 0
 
 
+def test_a_remote_model_is_fetched_once_by_each_and_the_next_block_has_room() -> None:
+    here, there = job(), job()
+    source: Any = there.source
+    source.remote = True
+    near, far = (prediction_of(wanted, workers=2) for wanted in (here, there))
+    block = Sizes(here.spec, here.plan, here.architecture, here.source, 2).block_stored(0)
+    for phase in ("collect", "solve", "publish", "advance"):
+        assert far.host[phase]["read ahead"] == block
+        assert "read ahead" not in near.host[phase]
+    assert far.host["solve"]["block"] == near.host["solve"]["block"] + block
+    assert far.host_bytes > near.host_bytes
+    outside = 2 * 2 * 32000 * 4096  # surveyed; embedded by each, and copied
+    assert far.network["of the model"] == (1 + 2) * 4 * block + (1 + 2 + 1) * outside
+    assert far.network["of the model"] < near.network["of the model"]
+
+
 def test_a_plain_rounding_is_predicted_as_well() -> None:
     wanted = job(calibration=None, quantization={"scheme": "int4", "method": "rtn"})
     admitted, faults = admit(wanted, machine(memory_free=16 * GIB))
