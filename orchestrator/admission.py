@@ -14,6 +14,7 @@ from orchestrator.sizes import FLOAT32, Sizes, weights_of
 from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.plan import RUN_WEIGHTS, SAMPLE_TOKENS, GroupPlan, Plan
 from workers.sources import AHEAD_BYTES
+from workers.transfers import MOST_SENT, PINNED_BYTES
 
 MIB = 2**20
 GIB = 2**30
@@ -117,6 +118,8 @@ def _host(sizes: Sizes, states_on: str) -> Phases:
             always["hidden states"] = sizes.share * sizes.chunk
         if states_on == "disk":
             always["hidden states"] = sizes.chunk
+        if on_device and states_on != "device":  # beside a chunk on its way through a block
+            always["on their way"] = sizes.chunk + PINNED_BYTES
         phases |= _calibration_on_host(sizes, on_device)
     if sizes.spec.evaluation is not None:
         phases["evaluate"] = _evaluation(sizes, on_device)
@@ -285,7 +288,8 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
     always = {"context": _CONTEXT}
     phases: Phases = {}
     if sizes.plan.calibration is not None:
-        states = sizes.share * sizes.chunk if states_on == "device" else sizes.chunk
+        coming_and_going = sizes.chunk + (1 + MOST_SENT) * sizes.batch
+        states = sizes.share * sizes.chunk if states_on == "device" else coming_and_going
         always["hidden states"] = states
         phases["embed"] = {"embeddings": sizes.outside_computing, "products": 4 * sizes.chunk}
         worst: Phases = {}

@@ -72,7 +72,12 @@ class Sizes:
     def chunk(self) -> int:
         """The hidden states of one chunk; chunks differ by a micro-batch."""
         batches = -(-self.plan.micro_batches() // self.plan.contract.chunks)
-        return batches * self.batch_tokens * self.architecture.hidden_size * self.item
+        return batches * self.batch
+
+    @property
+    def batch(self) -> int:
+        """The hidden states of one micro-batch."""
+        return self.batch_tokens * self.architecture.hidden_size * self.item
 
     @property
     def states(self) -> int:

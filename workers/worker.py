@@ -225,8 +225,8 @@ class Worker:
         self._hold(task.block)
         block, prefix = self._block(task.block), self._model.prefix(task.block)
         collector = Collector(block, prefix, self._plan, task.block, self.device)
-        for chunk in sorted(task.chunks):
-            collector.run(chunk, self._held.at(chunk, task.block))
+        for chunk, batches in self._held.each(sorted(task.chunks), task.block):
+            collector.run(chunk, batches)
         return Outcome({}, collector.parts(task.bands))
 
     def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
@@ -306,12 +306,11 @@ class Worker:
         else:
             self._hold(index)
         block = self._block(index, weights)
-        for chunk in task.chunks:
-            if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
-                continue
-            batches = self._held.at(chunk, index)
+        # others were taken through by an attempt that ran out of memory
+        left = [chunk for chunk in task.chunks if self._held.block_of(chunk) != index + 1]
+        for chunk, batches in self._held.each(left, index):
             self._held.advance(
-                chunk, [run_block(block, b.calls[index], b.hidden_BLH) for b in batches]
+                chunk, (run_block(block, b.calls[index], b.hidden_BLH) for b in batches)
             )
         return Outcome()
 
