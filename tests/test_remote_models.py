@@ -18,7 +18,7 @@ from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer
 from quantcore.errors import SourceError
-from tests.command import quantfleet_process
+from tests.behind_proxy import check_job_behind
 from tests.proxy import FAULTS, Proxy, proxy_to
 from workers.sources import ModelSource, open_source, remote
 from workers.store import open_store
@@ -108,19 +108,6 @@ def test_a_job_gives_the_bytes_that_it_gives_from_a_folder(
     there = job_file("there", **sections, model={"path": upload(folder)}, output={"store": bucket})
     here = job_file("here", **sections, model={"path": str(folder)})
     assert _run(there) == _run(here)
-
-
-def test_workers_on_ray_open_the_model_themselves(
-    upload: Callable[..., str], bucket: str, job_file: JobFile, model_folder: Callable[..., Path]
-) -> None:
-    folder = model_folder("llama")
-    workers = {"count": 2}
-    remote = {"model": {"path": upload(folder)}, "output": {"store": bucket}}
-    outcome = quantfleet_process("run", job_file("there", workers=workers, **remote))
-    assert outcome.code == 0, outcome
-    store = open_store(f"{bucket}/there")
-    files = {name: store.get(name) for name in store.list("model/")}
-    assert files == _run(job_file("here"))
 
 
 def test_a_job_goes_on_from_the_same_model_elsewhere(
@@ -245,6 +232,32 @@ def test_every_request_outlives_a_fault(
     assert proxy.met[fault] > 3
     assert all(torch.equal(found[name], here[name]) for name in here)
     assert source.tokenizer()("the whale").input_ids
+
+
+def test_a_job_with_killed_workers_and_a_bad_network_gives_the_same_bytes(
+    proxy: Proxy,
+    bucket: str,
+    upload: Callable[..., str],
+    job_file: JobFile,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    model = {"path": upload(model_folder("llama", max_shard_size="100KB"))}
+    check_job_behind(proxy, bucket, job_file, tmp_path, 1, model=model)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_bytes_that_it_gives_from_a_folder(
+    upload: Callable[..., str], job_file: JobFile, model_folder: Callable[..., Path]
+) -> None:
+    folder = model_folder("llama")
+    found = []
+    for name, path in (("here", str(folder)), ("there", upload(folder))):
+        prepared = check(job_file(name, model={"path": path}, compute_dtype="bfloat16"))
+        result = run_job(prepared, lambda plan: InProcessExecutor(plan, ["cuda"]), Observer())
+        store = open_store(result.store)
+        found.append({name: store.get(name) for name in store.list("model/")})
+    assert found[0] == found[1]
 
 
 def test_without_patience_a_broken_store_is_told_at_once(
