@@ -100,7 +100,7 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
         return url if url.startswith("s3://") else str(absolute(Path(url.removeprefix("file://"))))
 
     changes: dict[str, Any] = {
-        "model": spec.model.model_copy(update={"path": absolute(spec.model.path)})
+        "model": spec.model.model_copy(update={"path": place(spec.model.path)})
     }
     if spec.calibration is not None:
         texts: dict[str, Any] = {

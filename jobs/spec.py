@@ -33,10 +33,34 @@ def _pattern(text: str) -> str:
 
 
 def _store(text: str) -> str:
-    parts = urlsplit(text)
-    scheme = text.partition(":")[0] if parts.scheme else ""  # as written: S3:// is not s3://
+    scheme = _scheme(text)
     if scheme not in {"", "file", "s3"}:
         raise ValueError(f"cannot store to '{scheme}://': write a folder or s3://bucket/path")
+    return _bucket_named(text)
+
+
+def _model(text: str) -> str:
+    scheme = _scheme(text) if "://" in text else ""
+    if scheme not in {"", "s3"}:
+        raise ValueError(
+            f"cannot read a model from '{scheme}://': write a folder, a .gguf file or s3://bucket/path"
+        )
+    if scheme == "s3" and text.endswith(".gguf"):
+        raise ValueError(
+            "a .gguf file is read from a local disk alone: download it, or name the folder of the "
+            "model that it was made from"
+        )
+    return _bucket_named(text)
+
+
+def _scheme(text: str) -> str:
+    """As written: S3:// is not s3://."""
+    return text.partition(":")[0] if urlsplit(text).scheme else ""
+
+
+def _bucket_named(text: str) -> str:
+    """The text itself, if it is no s3:// or one without credentials in it."""
+    parts = urlsplit(text)
     bucket = parts.netloc  # a secret with a slash in it ends up here, after AKIA...:
     if parts.scheme == "s3" and ("@" in bucket or (":" in bucket and bucket[:4] != "arn:")):
         raise ValueError(
@@ -50,6 +74,7 @@ def _store(text: str) -> str:
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 StoreUrl = Annotated[str, Field(min_length=1), AfterValidator(_store)]
+ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(_model)]
 FilePath = Annotated[Path, Field(description="relative to the job file")]
 
 
@@ -58,7 +83,7 @@ class _Section(BaseModel):
 
 
 class ModelSpec(_Section):
-    path: FilePath  # a Hugging Face folder, or one .gguf file
+    path: ModelPlace  # a Hugging Face folder, here or at s3://bucket/path, or one .gguf file
     dtype: Dtype = "float32"  # what a GGUF file is dequantized to; folders keep their own
 
 

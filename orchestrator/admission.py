@@ -13,6 +13,8 @@ from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
 from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.plan import RUN_WEIGHTS, SAMPLE_TOKENS, GroupPlan, Plan
+from workers.sources import AHEAD_BYTES
+from workers.transfers import MOST_SENT, PINNED_BYTES
 
 MIB = 2**20
 GIB = 2**30
@@ -100,6 +102,9 @@ def _host(sizes: Sizes, states_on: str) -> Phases:
     on_device = sizes.plan.contract.kind["device"] != "cpu"
     always = {"interpreter": _INTERPRETER + on_device * _DRIVER_LIBRARIES}
     survey = max(sizes.model // (4 * sizes.workers), 1) + sizes.largest_tensor
+    if sizes.source.remote:  # what was looked at is let go of, where a file's pages stay
+        survey = min(survey, 2 * sizes.largest_tensor)
+        always["in flight"] = AHEAD_BYTES  # of what a reader asks for, beside the tensor it is at
     phases: Phases = {
         "survey": {"source": survey, "working": 2 * sizes.largest_tensor},
         "outside": {"source": sizes.outside, "working": 2 * sizes.largest_tensor},
@@ -113,6 +118,8 @@ def _host(sizes: Sizes, states_on: str) -> Phases:
             always["hidden states"] = sizes.share * sizes.chunk
         if states_on == "disk":
             always["hidden states"] = sizes.chunk
+        if on_device and states_on != "device":  # beside a chunk on its way through a block
+            always["on their way"] = sizes.chunk + PINNED_BYTES
         phases |= _calibration_on_host(sizes, on_device)
     if sizes.spec.evaluation is not None:
         phases["evaluate"] = _evaluation(sizes, on_device)
@@ -139,6 +146,7 @@ def _calibration_on_host(sizes: Sizes, on_device: bool) -> Phases:
 
 def _block_phases(sizes: Sizes, index: int) -> Phases:
     """What one block asks for while it is collected, solved, published and passed on."""
+    ahead = sizes.read_ahead(index)
     block = sizes.block_stored(index) + _if_cast(sizes, sizes.block_computing(index))
     weights = weights_of(sizes.plan.blocks[index])
     decoded = FLOAT32 * weights + _if_cast(sizes, sizes.block_computing(index), FLOAT32)
@@ -163,6 +171,8 @@ def _block_phases(sizes: Sizes, index: int) -> Phases:
             "products": products + sizes.chunk,
         },
     }
+    if sizes.source.remote:  # held whole until the next one's turn
+        phases["solve"]["block"] = phases["solve"].get("block", 0) + sizes.block_stored(index)
     if sizes.plan.shards > 1:
         first, last = next(pair for pair in sizes.plan.shard_ranges() if pair[0] <= index < pair[1])
         loaded = sum(sizes.block_computing(number) for number in range(first, last))
@@ -171,7 +181,7 @@ def _block_phases(sizes: Sizes, index: int) -> Phases:
             "products": products + 3 * sizes.chunk,
             "shared objects": 2 * sizes.chunk,
         }
-    return phases
+    return {p: parts | {"read ahead": ahead} for p, parts in phases.items()} if ahead else phases
 
 
 def _solve(sizes: Sizes, index: int) -> Parts:
@@ -278,7 +288,8 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
     always = {"context": _CONTEXT}
     phases: Phases = {}
     if sizes.plan.calibration is not None:
-        states = sizes.share * sizes.chunk if states_on == "device" else sizes.chunk
+        coming_and_going = sizes.chunk + (1 + MOST_SENT) * sizes.batch
+        states = sizes.share * sizes.chunk if states_on == "device" else coming_and_going
         always["hidden states"] = states
         phases["embed"] = {"embeddings": sizes.outside_computing, "products": 4 * sizes.chunk}
         worst: Phases = {}

@@ -170,7 +170,7 @@ def prepare(
             job = Job(spec, plan, architecture, source, again)
             team, lacking = admit_team(job, fleet, _store_disk(spec))
             findings.add(*lacking)
-            plan = dataclasses.replace(plan, states_on=team.states_on)
+            plan = dataclasses.replace(plan, states_on=team.states_on, model_version=source.version)
     if findings.faults:
         raise JobFaults(str(document.path), findings.faults)
     assert plan is not None and source is not None and architecture is not None
@@ -198,7 +198,9 @@ def _store_disk(spec: JobSpec) -> Disk | None:
 
 def _local_paths(spec: JobSpec) -> dict[str, str]:
     """The paths that workers read, each with its field; of texts they are given what they need."""
-    places = {str(spec.model.path): "model.path"}
+    places = {}
+    if not spec.model.path.startswith("s3://"):
+        places[spec.model.path] = "model.path"
     kept = spec.calibration.statistics if spec.calibration else None
     if kept is not None and not kept.startswith("s3://"):
         places[f"{kept}/{STATISTICS_INDEX}"] = "calibration.statistics"

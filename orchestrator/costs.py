@@ -1,9 +1,9 @@
 """What a job moves and how long it takes: estimates, from operations and bytes over rates.
 
 Rates of a CPU are measured where the machine is looked at; those of GPUs come from a table. They
-assume that nobody else uses the machine, that the model is read at a disk's usual speed, and no
-losses. Tasks of lm-eval are left out: how long they are is not known before. The probe
-(workers.probe) puts measured figures in their place.
+assume that nobody else uses the machine, that the model is read at the usual speed of a disk, or
+of a slow network, and no losses. Tasks of lm-eval are left out: how long they are is not known
+before. The probe (workers.probe) puts measured figures in their place.
 """
 
 from collections.abc import Iterable
@@ -14,6 +14,7 @@ from orchestrator.sizes import FLOAT32, Sizes, weights_of
 from workers.plan import SAMPLE_TOKENS, GroupPlan, LayerPlan
 
 _READ_BYTES_PER_S = 250e6  # of weights, hashed or turned into the compute dtype, by one worker
+_FETCHED_BYTES_PER_S = 110e6  # of a remote model, by one worker: a gigabit a second
 _PACKED_WEIGHTS_PER_S = 1e8  # codes to a file's bytes and back, by one worker
 _START_S = 15.0  # Ray and its workers
 _CHARACTERS_PER_TOKEN = 3.5
@@ -78,10 +79,11 @@ def rates_of(kind: dict[str, str], dtype: str, threads: int, flops: dict[str, fl
 def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
     """Of a whole job, by phase."""
     plan, workers = sizes.plan, sizes.workers
-    phases = {"start": _START_S, "survey": sizes.model / _READ_BYTES_PER_S / workers}
+    phases = {"start": _START_S, "survey": sizes.model / _read_rate(sizes) / workers}
     blocks = range(len(plan.blocks))
     if plan.calibration is None:
-        read_s = 3 * sum(sizes.block_stored(index) for index in blocks) / _READ_BYTES_PER_S
+        times = 1 if sizes.source.remote else 3
+        read_s = times * sum(sizes.block_stored(index) for index in blocks) / _read_rate(sizes)
         pack_s = sum(weights_of(block) for block in plan.blocks) / _PACKED_WEIGHTS_PER_S
         fit_s = fit_seconds(sizes, rates, plan.layers())
         phases["quantize"] = (read_s + pack_s + fit_s) / min(workers, len(blocks))
@@ -94,7 +96,7 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         each = [block_seconds(sizes, rates, index) for index in blocks]
         longest = max(sum(sum(each[index].values()) for index in run) for run in runs)
         shown = sum(each[index]["advance"] for index in blocks) if plan.shards > 1 else 0.0
-        embed = sizes.outside / _READ_BYTES_PER_S
+        embed = sizes.outside / _read_rate(sizes)
         phases["quantize"] = embed + rounds * longest + shown
     spec = sizes.spec.evaluation
     if spec is not None:
@@ -103,7 +105,7 @@ def seconds(sizes: Sizes, rates: Rates) -> dict[str, float]:
         item = sizes.evaluation_item
         rate = rates.float32 if item == FLOAT32 else rates.forward
         each_s = 2 * tokens * sizes.model_computing / item / rate
-        each_s += 3 * sizes.model / _READ_BYTES_PER_S + _SECONDS_OF_AN_EVALUATION
+        each_s += 3 * sizes.model / _read_rate(sizes) + _SECONDS_OF_AN_EVALUATION
         phases["evaluate"] = each_s * -(-variants // workers)
     return phases
 
@@ -118,16 +120,24 @@ def block_seconds(sizes: Sizes, rates: Rates, index: int) -> dict[str, float]:
     assert calibration is not None
     attention = 4 * calibration.length * sizes.architecture.hidden_size
     forward = tokens * (2 * weights + attention) / rates.forward
-    read = sizes.block_stored(index) / _READ_BYTES_PER_S
+    read = sizes.block_stored(index) / _read_rate(sizes)
     quantized = [group for group in block.groups if group.quantized()]
     summed = sum(group.in_features**2 for group in block.groups if plan.summed(group))
     grams = tokens * summed / rates.gram
-    return {
-        "collect": read + forward + grams,
+    steps = {
+        "collect": forward + grams,
         "solve": sum(solve_seconds(sizes, rates, group) for group in quantized),
         "publish": weights / _PACKED_WEIGHTS_PER_S,
         "advance": weights / _PACKED_WEIGHTS_PER_S + forward,
     }
+    if sizes.source.remote and not plan.statistics:  # read ahead while the block before it is done
+        read = max(0.0, read - sum(steps.values()))
+    steps["collect"] += read
+    return steps
+
+
+def _read_rate(sizes: Sizes) -> float:
+    return _FETCHED_BYTES_PER_S if sizes.source.remote else _READ_BYTES_PER_S
 
 
 def solve_seconds(sizes: Sizes, rates: Rates, group: GroupPlan) -> float:
@@ -163,12 +173,13 @@ def network_bytes(sizes: Sizes, keeps: bool) -> dict[str, int]:
         evaluations = len(sizes.spec.evaluation.baselines) * sizes.model
     published = {"to the store": sizes.artifact + sizes.statistics}
     if plan.calibration is None:
-        read = survey + 2 * sizes.model + evaluations
+        read = survey + (1 if sizes.source.remote else 2) * sizes.model + evaluations
         from_store = sizes.artifact if sizes.spec.evaluation is not None else 0
         return {"of the model": read, **published, "from the store": from_store}
     hands, all_blocks = sizes.hands, sum(sizes.block_stored(index) for index in blocks)
-    # to collect by everyone, to solve by everyone, to publish by one
-    read = survey + (2 * hands + 1) * all_blocks + (workers + 1) * sizes.outside + evaluations
+    # to collect by everyone, to solve by everyone, to publish by one; a remote one all at once
+    times = hands if sizes.source.remote else 2 * hands + 1
+    read = survey + times * all_blocks + (workers + 1) * sizes.outside + evaluations
     if plan.shards > 1:
         read += hands * all_blocks
     readers = hands * sum(sizes.block_published(index) for index in blocks)

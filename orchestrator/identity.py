@@ -34,7 +34,7 @@ def identity(prepared: Prepared) -> Identity:
     return {
         **_flat("quantization", quantization),
         "model (tensors)": _digest(_tensor_facts(prepared)),
-        "model.dtype": spec.model.dtype if spec.model.path.suffix == ".gguf" else None,
+        "model.dtype": spec.model.dtype if spec.model.path.endswith(".gguf") else None,
         "compute_dtype": spec.compute_dtype,
         "calibration.sequences": calibration.sequences if calibration else None,
         "calibration.length": calibration.length if calibration else None,

@@ -99,7 +99,7 @@ def make_plan(
     return Plan(
         job=spec.name,
         store=f"{spec.output.store.rstrip('/')}/{spec.name}",
-        model_path=str(spec.model.path),
+        model_path=spec.model.path,
         gguf_dtype=spec.model.dtype,
         format=spec.output.format,
         blocks=blocks,

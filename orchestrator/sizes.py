@@ -21,8 +21,6 @@ from workers.sources import ModelSource
 FLOAT32 = 4
 _HEADER = 256  # bytes of a tensor's line in a file, and of its shape
 _ZERO_POINTS = 1  # bytes at most
-_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".md", ""}
-_COMPANIONS_OF_A_GGUF = 2**25
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,12 @@ class Sizes:
     def chunk(self) -> int:
         """The hidden states of one chunk; chunks differ by a micro-batch."""
         batches = -(-self.plan.micro_batches() // self.plan.contract.chunks)
-        return batches * self.batch_tokens * self.architecture.hidden_size * self.item
+        return batches * self.batch
+
+    @property
+    def batch(self) -> int:
+        """The hidden states of one micro-batch."""
+        return self.batch_tokens * self.architecture.hidden_size * self.item
 
     @property
     def states(self) -> int:
@@ -114,6 +117,14 @@ class Sizes:
         """A block as the source has it."""
         return sum(self.source.tensors[name].num_bytes for name in self._names[index])
 
+    def read_ahead(self, index: int) -> int:
+        """The block after it in its shard, where a worker reads it meanwhile."""
+        on_device = self.plan.contract.kind["device"] != "cpu"
+        last = any(index + 1 == end for _, end in self.plan.shard_ranges())
+        if last or not (self.source.remote or on_device):
+            return 0
+        return self.block_stored(index + 1)
+
     def block_computing(self, index: int) -> int:
         tensors = self.source.tensors
         return sum(math.prod(tensors[name].shape) for name in self._names[index]) * self.item
@@ -140,11 +151,7 @@ class Sizes:
     @cached_property
     def companions(self) -> int:
         """Tokenizer, chat template and the like, which an artifact has copies of."""
-        path = self.source.path
-        if not path.is_dir():
-            return _COMPANIONS_OF_A_GGUF
-        files = (file for file in path.rglob("*") if file.suffix in _COMPANIONS)
-        return sum(file.stat().st_size for file in files if file.is_file()) + 2**16
+        return self.source.companion_bytes() + 2**16
 
     def block_published(self, index: int) -> int:
         layers = [layer for group in self.plan.blocks[index].groups for layer in group.layers]

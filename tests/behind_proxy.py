@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checks import check
 from orchestrator.driver import run_job
@@ -16,13 +17,21 @@ from workers.store import open_store
 
 
 def check_job_behind(
-    proxy: Proxy, bucket: str, job_file: Callable[..., Path], tmp_path: Path, seed: int
+    proxy: Proxy,
+    bucket: str,
+    job_file: Callable[..., Path],
+    tmp_path: Path,
+    seed: int,
+    **sections: Any,
 ) -> None:
-    """Its artifact is, but for the report, that of an undisturbed job on a folder."""
+    """Its artifact is, but for the report, that of an undisturbed job on a folder.
+
+    `sections` are the disturbed job's alone.
+    """
     whole = run_job(
         check(job_file("whole")), lambda plan: InProcessExecutor(plan, ["cpu"]), Observer()
     )
-    prepared = check(job_file("job", output={"store": f"{bucket}/store"}))
+    prepared = check(job_file("job", output={"store": f"{bucket}/store"}, **sections))
     proxy.trouble(0.3, seed=seed)
     result = run_job(prepared, lambda plan: KillingExecutor(plan, 2, schedule(seed, 3)), Observer())
     assert sum(proxy.met.values()) > 5

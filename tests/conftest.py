@@ -227,3 +227,18 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{secrets.token_hex(4)}"
     urlopen(Request(f"{s3_server}/{name}", method="PUT")).close()
     return f"s3://{name}"
+
+
+@pytest.fixture
+def upload(bucket: str) -> Callable[..., str]:
+    """`upload(folder)`: its URL in a new bucket."""
+    from workers.store import open_store
+
+    def put(folder: Path, name: str = "models/it") -> str:
+        store = open_store(f"{bucket}/{name}")
+        for file in folder.rglob("*"):
+            if file.is_file():
+                store.put_file(file.relative_to(folder).as_posix(), file)
+        return store.url
+
+    return put

@@ -36,6 +36,7 @@ class Proxy:
         self.faults: tuple[str, ...] = FAULTS
         self.delay_s = 0.3
         self.met: Counter[str] = Counter()
+        self.paths: list[str] = []  # of all requests
         self._chance = random.Random(0)
 
     def trouble(self, rate: float, seed: int, faults: tuple[str, ...] = FAULTS) -> None:
@@ -45,6 +46,7 @@ class Proxy:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         fault = ""
+        self.paths.append(request.raw_path)
         if self._chance.random() < self.rate:
             fault = self._chance.choice(self.faults)
             self.met[fault] += 1

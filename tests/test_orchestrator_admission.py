@@ -38,12 +38,14 @@ KINDS = {
 class Source:
     """A llama's headers and nothing else."""
 
-    path = Path("/nowhere/model.gguf")
+    path = "/nowhere/model.gguf"
+    remote = False
 
     def __init__(self, model: Architecture, dtype: torch.dtype) -> None:
         self.tensors = dict(_tensors(model, dtype))
         text = SimpleNamespace(num_attention_heads=32)
         self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.companion_bytes = lambda: 2**25
 
 
 def _tensors(model: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, TensorInfo]]:
@@ -272,6 +274,22 @@ def test_every_part_grows_with_what_it_is_for() -> None:
     assert two.seconds["quantize"] < large.seconds["quantize"]
     assert two.host["collect"]["hidden states"] < large.host["collect"]["hidden states"]
     assert two.object_store["hand-overs"] > 0
+
+
+def test_a_remote_model_is_fetched_once_by_each_and_the_next_block_has_room() -> None:
+    here, there = job(), job()
+    source: Any = there.source
+    source.remote = True
+    near, far = (prediction_of(wanted, workers=2) for wanted in (here, there))
+    block = Sizes(here.spec, here.plan, here.architecture, here.source, 2).block_stored(0)
+    for phase in ("collect", "solve", "publish", "advance"):
+        assert far.host[phase]["read ahead"] == block
+        assert "read ahead" not in near.host[phase]
+    assert far.host["solve"]["block"] == near.host["solve"]["block"] + block
+    assert far.host_bytes > near.host_bytes
+    outside = 2 * 2 * 32000 * 4096  # surveyed; embedded by each, and copied
+    assert far.network["of the model"] == (1 + 2) * 4 * block + (1 + 2 + 1) * outside
+    assert far.network["of the model"] < near.network["of the model"]
 
 
 def test_a_plain_rounding_is_predicted_as_well() -> None:

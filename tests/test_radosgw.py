@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.lease import Beat, take, watch
-from quantcore.errors import LeaseError
+from quantcore.errors import LeaseError, SourceError
 from tests.behind_proxy import check_job_behind
 from tests.proxy import FAULTS, Proxy, proxy_to
 from tests.rgw import Gateway, make_bucket, radosgw
+from workers.sources import open_source, remote
 from workers.store import open_store, probe
 
 pytestmark = pytest.mark.radosgw
@@ -75,3 +77,29 @@ def test_a_job_with_killed_workers_and_a_bad_network_gives_the_same_bytes(
     proxy: Proxy, bucket: str, job_file: JobFile, tmp_path: Path, seed: int
 ) -> None:
     check_job_behind(proxy, bucket, job_file, tmp_path, seed)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_is_read_by_ranges_through_every_fault(
+    proxy: Proxy,
+    bucket: str,
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    monkeypatch.setattr(remote, "REQUEST_BYTES", 50_000)
+    folder = model_folder("llama", max_shard_size="100KB")
+    store = open_store(f"{bucket}/it", patience_s=60)
+    for file in folder.iterdir():
+        store.put_file(file.name, file)
+    proxy.trouble(0.3, seed=1, faults=(fault,))
+    source = open_source(store.url, patience_s=120)
+    found = dict(source.read(source.tensors))
+    assert proxy.met[fault] > 2
+    here = dict(open_source(folder).read(source.tensors))
+    assert all(torch.equal(found[name], here[name]) for name in here)
+    proxy.trouble(0.0, seed=0)
+    for file in folder.glob("*.safetensors"):
+        store.put(file.name, file.read_bytes()[:-1] + b"x")
+    with pytest.raises(SourceError, match="it has changed since it was first looked at"):
+        list(source.read(["model.norm.weight"]))

@@ -26,6 +26,13 @@ def _with_ray(job: Path) -> Outcome:
     return quantfleet_process("run", job)
 
 
+def _uploaded(folder: Path, url: str) -> dict[str, str]:
+    store = open_store(url)
+    for file in folder.iterdir():
+        store.put_file(file.name, file)
+    return {"path": url}
+
+
 @pytest.mark.parametrize(
     ("kind", "run"),
     [("local", _in_process), ("s3", _in_process), ("s3", _with_ray)],
@@ -35,15 +42,20 @@ def test_from_a_job_file_to_generated_tokens(
     kind: str,
     run: Callable[[Path], Outcome],
     job_file: JobFile,
+    model_folder: Callable[..., Path],
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
+    """On Ray the model is on S3, too: its workers open it themselves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     here = tmp_path / "here"
     root = str(here) if kind == "local" else f"{request.getfixturevalue('bucket')}/path"
     job = f"{root}/job"
-    outcome = run(job_file(output={"store": root}, workers={"count": 2}))
+    sections = {"output": {"store": root}, "workers": {"count": 2}}
+    if run is _with_ray:
+        sections["model"] = _uploaded(model_folder("llama"), f"{root}-model")
+    outcome = run(job_file(**sections))
     assert outcome.code == 0, outcome
     assert f"quantfleet fetch {job} ./out" in outcome.out
     assert here.exists() == (kind == "local")

@@ -37,13 +37,26 @@ class Held:
         """The block whose input a chunk is."""
         return self._chunks[chunk].block
 
-    def at(self, chunk: int, block: int) -> Iterator[Inputs]:
-        """A chunk's micro-batches on the device; they must be the inputs of `block`."""
+    def at(self, chunk: int, block: int, then: int | None = None) -> Iterator[Inputs]:
+        """A chunk's micro-batches on the device; they must be the inputs of `block`.
+
+        With the last of them the first of chunk `then` is on its way.
+        """
         held = self._chunks[chunk]
         assert held.block == block, f"chunk {chunk} is at block {held.block}, not at {block}"
-        for inputs in held.batches:
-            hidden_BLH = self._shelf.get(inputs.hidden_BLH)
-            yield replace(inputs, hidden_BLH=hidden_BLH)
+        waiting = [inputs.hidden_BLH for inputs in held.batches]
+        following = [
+            *waiting[1:],
+            None if then is None else self._chunks[then].batches[0].hidden_BLH,
+        ]
+        for inputs, kept_BLH, later_BLH in zip(held.batches, waiting, following, strict=True):
+            yield replace(inputs, hidden_BLH=self._shelf.get(kept_BLH, later_BLH))
+
+    def each(self, chunks: Iterable[int], block: int) -> Iterator[tuple[int, Iterator[Inputs]]]:
+        """One chunk after the other, as `at` has it."""
+        numbers = list(chunks)
+        for chunk, then in zip(numbers, [*numbers[1:], None], strict=True):
+            yield chunk, self.at(chunk, block, then)
 
     def advance(self, chunk: int, hidden: Iterable[Tensor]) -> None:
         """A chunk's micro-batches are now these, the inputs of the next block."""
@@ -55,11 +68,13 @@ class Held:
 
     def spill(self) -> str | None:
         """Make room: everything goes one place down (shelf.py). Its name; None if there is none."""
+        self._shelf.settle()
         if not self._shelf.lower():
             return None
         for chunk in self._chunks.values():
             for inputs in chunk.batches:
                 inputs.hidden_BLH = self._shelf.put(inputs.hidden_BLH)
+        self._shelf.settle()
         return self._shelf.place
 
     def embed(self, chunks: Iterable[int]) -> None:
@@ -71,6 +86,7 @@ class Held:
 
     def hand(self, chunks: Collection[int]) -> tuple[HeldChunk, ...]:
         """Give chunks away."""
+        self._shelf.settle()
         packed = tuple(_packed(self._chunks[chunk]) for chunk in chunks)
         self.drop(chunks)
         return packed
@@ -88,6 +104,7 @@ class Held:
         self._model.release_outside()
 
     def keep(self, store: Store, block: int, chunks: Iterable[int]) -> None:
+        self._shelf.settle()
         for chunk in chunks:
             held = self._chunks[chunk]
             assert held.block == block
@@ -121,6 +138,7 @@ class Held:
             self._chunks.pop(chunk, None)
 
     def clear(self) -> None:
+        self._shelf.settle()
         self._chunks.clear()
 
     def _shelved(self, inputs: Inputs) -> Inputs:

@@ -125,7 +125,7 @@ class Contract:
 class Plan:
     job: str
     store: str
-    model_path: str
+    model_path: str  # or URL
     gguf_dtype: str
     format: str
     blocks: tuple[BlockPlan, ...]
@@ -141,6 +141,7 @@ class Plan:
     statistics: tuple[dict[str, Any], ...] = ()  # what a job kept of each LinearGroup, in order
     shards: int = 1  # runs of blocks that are calibrated at once
     conditional_writes: bool = True  # of the store
+    model_version: str = ""  # as it was when the job was checked; '' where that is not known
     states_on: str = ""  # where hidden states wait from the start (shelf.py); '' for the nearest
 
     @property

@@ -6,13 +6,13 @@ It runs alone on a laptop as well as inside an actor: nothing here knows Ray.
 import contextlib
 import operator
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantcore.errors import LeaseError, QuantfleetError, ResourceError
+from quantcore.errors import LeaseError, QuantfleetError, ResourceError, SourceError
+from workers.ahead import ReadAhead
 from workers.blocks import BlockModel, run_block
 from workers.capacity import peak_bytes
 from workers.clock import Clock, TimedSource
@@ -77,13 +77,18 @@ class Worker:
         self._plan = plan
         self.device = torch.device(device)
         self._clock = Clock(self.device)
-        source = open_source(Path(plan.model_path), getattr(torch, plan.gguf_dtype))
+        gguf_dtype = getattr(torch, plan.gguf_dtype)
+        source = open_source(plan.model_path, gguf_dtype, patience_s=STORE_PATIENCE_S)
+        if plan.model_version not in {"", source.version}:
+            raise SourceError(f"{source.path} has changed since the job was checked: start again")
+        self._ahead = ReadAhead(source) if source.remote else None
         self._resident: ResidentSource | None = None
         self._threads = plan.contract.threads
         if self.device.type != "cpu":
-            self._resident = ResidentSource(source, self.device, self._clock)
+            self._resident = ResidentSource(self._ahead or source, self.device, self._clock)
             self._threads = cores_beside(self.device.type)
-        self._source: ModelSource = TimedSource(self._resident or source, self._clock)
+        reading = self._resident or self._ahead or source
+        self._source: ModelSource = TimedSource(reading, self._clock)
         conditional = plan.conditional_writes
         self._store = open_store(
             plan.store, conditional_writes=conditional, patience_s=STORE_PATIENCE_S
@@ -124,8 +129,7 @@ class Worker:
             # outside the handler, whose traceback holds on to the tensors of the attempt
             self._source_blocks.clear()
             self._encoded = None
-            if self._resident is not None:
-                self._resident.release()
+            self._release()
             place = self._held.spill()
             if place is None:
                 kind = type(task).__name__
@@ -191,6 +195,7 @@ class Worker:
             case Boundary():
                 return self._boundary(task)
             case Round(block, epoch):
+                self._fetch(block)
                 groups = self._plan.blocks[block].groups
                 encoded = self._rounded(groups)
                 return self._put(epoch, block_key(block), encoded, self._model.block_tensors(block))
@@ -213,18 +218,33 @@ class Worker:
         return block
 
     def _hold(self, index: int) -> None:
-        """Have a block's weights on an accelerator, and the next block's on their way."""
-        if self._resident is not None:
-            later = self._model.block_tensors(index + 1) if index + 1 < len(self._model) else ()
+        """Have a block's weights on an accelerator, and the next block's on their way.
+
+        On the CPU those of a remote model. Another shard's first block is another worker's.
+        """
+        holding = self._resident or self._ahead
+        if holding is not None:
+            last = any(index + 1 == end for _, end in self._plan.shard_ranges())
+            later = () if last else self._model.block_tensors(index + 1)
             with self._clock.spent("read"):
-                self._resident.hold(self._model.block_tensors(index), later)
+                holding.hold(self._model.block_tensors(index), later)
+
+    def _fetch(self, index: int) -> None:
+        """Have a remote model's block read at once; its neighbours may be others' work."""
+        if self._ahead is not None:
+            self._ahead.hold(self._model.block_tensors(index))
+
+    def _release(self) -> None:
+        for holding in (self._resident, self._ahead):
+            if holding is not None:
+                holding.release()
 
     def _collect(self, task: Collect) -> Outcome:
         self._hold(task.block)
         block, prefix = self._block(task.block), self._model.prefix(task.block)
         collector = Collector(block, prefix, self._plan, task.block, self.device, self._clock)
-        for chunk in sorted(task.chunks):
-            collector.run(chunk, self._held.at(chunk, task.block))
+        for chunk, batches in self._held.each(sorted(task.chunks), task.block):
+            collector.run(chunk, batches)
         return Outcome({}, collector.parts(task.bands))
 
     def _publish(self, task: Publish, solved: tuple[SolvedGroup, ...]) -> Outcome:
@@ -259,6 +279,7 @@ class Worker:
         return solve_group(self._plan, task, known, self._source, self.device, self._clock)
 
     def _quantize(self, task: Quantize) -> Outcome:
+        self._fetch(task.block)
         plan = self._plan
         assert plan.calibration is not None and plan.calibration.statistics is not None
         kept = open_store(plan.calibration.statistics, patience_s=STORE_PATIENCE_S)
@@ -314,13 +335,14 @@ class Worker:
                     tensors = published_tensors(self._store, block_key(index))
             with self._clock.spent("pack"):
                 weights = decoded_weights(tensors, self._plan, index, self.device)
+        else:
+            self._hold(index)
         block = self._block(index, weights)
-        for chunk in task.chunks:
-            if self._held.block_of(chunk) == index + 1:  # by an attempt that ran out of memory
-                continue
-            batches = self._held.at(chunk, index)
+        # others were taken through by an attempt that ran out of memory
+        left = [chunk for chunk in task.chunks if self._held.block_of(chunk) != index + 1]
+        for chunk, batches in self._held.each(left, index):
             self._held.advance(
-                chunk, [run_block(block, b.calls[index], b.hidden_BLH) for b in batches]
+                chunk, (run_block(block, b.calls[index], b.hidden_BLH) for b in batches)
             )
         return Outcome()
 
@@ -333,6 +355,7 @@ class Worker:
             for index in range(task.first, task.last):
                 if index not in self._source_blocks:
                     with self._clock.spent("read", index):
+                        self._hold(index)
                         self._source_blocks[index] = self._block(index)
                 block = self._source_blocks[index]
                 with self._clock.spent("forward", index):
@@ -345,6 +368,7 @@ class Worker:
 
     def _evaluate(self, task: Evaluate) -> Outcome:
         self._held.clear()
+        self._release()
         self._model.release_outside()
         dtype = torch.float32 if self.device.type == "cpu" else self._plan.torch_dtype
         tokenizer = self._source.tokenizer()

@@ -79,8 +79,8 @@ class Way:
 
     def solved(self, weights: Weights, squares: Squares) -> Weights:
         found = {}
-        for key, w_OI in weights.items():
-            w_OI = w_OI.to(self.solve_on, torch.float32)
+        for key, given_OI in weights.items():
+            w_OI = given_OI.to(self.solve_on, torch.float32)
             factor = factorize(squares[key].to(self.solve_on), GptqConfig())
             qparams = search_qparams(w_OI, factor.column_costs(), SCHEME, stored=torch.float32)
             codes_OI = solve(w_OI, qparams, SCHEME, factor, BLOCK_COLUMNS)

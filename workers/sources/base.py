@@ -25,7 +25,21 @@ class TensorInfo:
 class ModelSource(Protocol):
     """A pretrained model that can be read a tensor at a time."""
 
-    path: Path
+    @property
+    def path(self) -> Path | str:
+        """Where it lies, as messages tell it."""
+        ...
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading waits for a network: then blocks are read ahead on the CPU, too."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Another one once the model is another, where that can be told without reading it."""
+        ...
+
     config: Any  # transformers.PretrainedConfig
     tensors: Mapping[str, TensorInfo]  # by checkpoint name
 
@@ -39,6 +53,10 @@ class ModelSource(Protocol):
 
     def write_companions(self, folder: Path) -> list[str]:
         """Put every file that is neither weights, config nor code into `folder`; their names."""
+        ...
+
+    def companion_bytes(self) -> int:
+        """How much that will be, at most."""
         ...
 
     def tokenizer(self) -> Any: ...

@@ -20,8 +20,13 @@ from quantcore.errors import SourceError
 from workers.skeleton import empty_model
 from workers.sources.base import TensorInfo
 
+_COMPANION_BYTES = 2**25  # of a tokenizer that is written anew
+
 
 class GgufFile:
+    remote = False
+    version = ""
+
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         from gguf import GGUFReader
         from transformers import AutoConfig
@@ -81,6 +86,9 @@ class GgufFile:
             for file in files:
                 (folder / file.name).write_bytes(file.read_bytes())
         return [file.name for file in files]
+
+    def companion_bytes(self) -> int:
+        return _COMPANION_BYTES
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer

@@ -5,13 +5,15 @@ import secrets
 from pathlib import Path
 
 from quantcore.errors import StoreError
-from workers.store.base import Store, missing_parents, safe_name
+from workers.store.base import Entry, RangedStore, Store, missing_parents, safe_name
 from workers.store.local import LocalStore
 from workers.store.s3 import S3Store
 
 __all__ = [
     "STORE_PATIENCE_S",
+    "Entry",
     "LocalStore",
+    "RangedStore",
     "S3Store",
     "Store",
     "missing_parents",

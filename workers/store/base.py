@@ -9,6 +9,8 @@ request whose answer was lost, and that was sent again, is no defeat. Who must t
 another writer puts something of his own into the data.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -28,6 +30,32 @@ class Store(Protocol):
     def exists(self, name: str) -> bool: ...
     def list(self, prefix: str = "") -> list[str]: ...
     def delete(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a store as it was when it was listed."""
+
+    name: str
+    num_bytes: int
+    version: str  # another one once the file is another
+
+
+class RangedStore(Protocol):
+    """A store whose files can be read in parts."""
+
+    url: str
+
+    def entries(self, most: int) -> Sequence[Entry]:
+        """All files; no more is listed once there are over `most`."""
+        ...
+
+    def read_range(self, entry: Entry, first: int, into: Sequence[memoryview]) -> None:
+        """Fill `into`, one after the other, with a file's bytes from `first` on.
+
+        Raises StoreError, too, for a file that is no longer what it was when it was listed.
+        """
+        ...
 
 
 def missing_parents(folder: Path) -> list[Path]:

@@ -5,17 +5,19 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from quantcore.errors import StoreError
-from workers.store.base import safe_name
+from workers.store.base import Entry, safe_name
 
 T = TypeVar("T")
 _CONFLICT_ATTEMPTS = 6
 _LONGEST_PAUSE_S = 20.0
+_PIECE_BYTES = 1 << 18  # of an answer's body, that is copied at once
+_CHANGED = "it has changed since it was first looked at: leave it alone, and start again"
 
 
 class S3Store:
@@ -30,7 +32,7 @@ class S3Store:
 
         self.url = url.rstrip("/")
         self._conditional_writes = conditional_writes
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._root = self.url.removeprefix("s3://")
         # path-style addressing: custom endpoints rarely have a host name per bucket
         style = "path" if os.environ.get("AWS_ENDPOINT_URL") else "auto"
@@ -81,6 +83,48 @@ class S3Store:
         names = sorted(path.removeprefix(f"{self._root}/") for path in found)
         return [name for name in names if name.startswith(prefix)]
 
+    def entries(self, most: int) -> Sequence[Entry]:
+        bucket, key, _ = self._fs.split_path(self._root)
+        prefix = f"{key}/" if key else ""
+        asked = {"Bucket": bucket, "Prefix": prefix}
+        found = []
+        while True:
+            page = self._do("/", lambda: self._fs.call_s3("list_objects_v2", **asked))
+            found += [
+                Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"])
+                for item in page.get("Contents", ())
+            ]
+            if len(found) > most or not page.get("IsTruncated"):
+                return found
+            asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    def read_range(self, entry: Entry, first: int, into: Sequence[memoryview]) -> None:
+        from fsspec.asyn import sync
+
+        path = self._path(entry.name)
+        self._do(entry.name, lambda: sync(self._fs.loop, self._fill, path, entry, first, into))
+
+    async def _fill(self, path: str, entry: Entry, first: int, into: Sequence[memoryview]) -> None:
+        """One request. If-Match is how S3 is asked for a file as it was, and for no other."""
+        bucket, key, _ = self._fs.split_path(path)
+        size = sum(part.nbytes for part in into)
+        asked = {"Range": f"bytes={first}-{first + size - 1}", "IfMatch": entry.version}
+        answer = await self._fs._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+        async with answer["Body"] as body:
+            if answer["ETag"].strip('"') != entry.version.strip('"'):
+                raise self._error(entry.name, _CHANGED)
+            if answer["ContentLength"] != size:
+                why = f"{answer['ContentLength']} bytes came where {size} were asked for"
+                raise self._error(entry.name, why)
+            for part in into:
+                at = 0
+                while at < part.nbytes:
+                    data = await body.read(min(_PIECE_BYTES, part.nbytes - at))
+                    if not data:
+                        raise ConnectionError("the answer ended early")
+                    part[at : at + len(data)] = data
+                    at += len(data)
+
     def delete(self, name: str) -> None:
         path = self._path(name)
         self._do(name, lambda: self._fs.rm_file(path) if self._fs.exists(path) else None)
@@ -115,7 +159,7 @@ class S3Store:
         from aiohttp import ClientError as BrokenOff
         from botocore.exceptions import BotoCoreError, ClientError
 
-        end = time.monotonic() + self._patience_s
+        end = time.monotonic() + self.patience_s
         for attempt in itertools.count():
             try:
                 return action()
@@ -127,7 +171,8 @@ class S3Store:
                 pause = min(0.2 * 2**attempt, _LONGEST_PAUSE_S)
                 again = _may_pass(error) and time.monotonic() + pause < end
                 if not again and not (_is_conflict(error) and attempt < _CONFLICT_ATTEMPTS):
-                    raise self._error(name, _why(error)) from None
+                    changed = _answer(error)[0] == 412  # of what was asked for with If-Match
+                    raise self._error(name, _CHANGED if changed else _why(error)) from None
             time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - not all at once
         raise AssertionError
 
