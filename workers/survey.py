@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -17,28 +17,43 @@ _PIECE = 1 << 20  # values that are looked at together: they stay in a core's ca
 def survey(source: ModelSource, names: Iterable[str], threads: int = 1) -> dict[str, str]:
     """SHA-256 (hex) of each named tensor's bytes. Raises SourceError for NaN or infinity.
 
-    Tensors are read one by one, and `threads` of them looked at together.
+    `threads` tensors are looked at together; they are read one by one unless the source can do
+    better.
     """
     hashes: dict[str, str] = {}
     underway: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for name, tensor in source.read(names):
-            underway.append((name, pool.submit(_look, source, name, tensor)))
+        for name, pieces in _in_pieces(source, names):
+            underway.append((name, pool.submit(_look, source, name, pieces)))
             if len(underway) > threads:
                 first, looked = underway.popleft()
                 hashes[first] = looked.result()
         return hashes | {name: looked.result() for name, looked in underway}
 
 
-def _look(source: ModelSource, name: str, tensor: Tensor) -> str:
-    flat = tensor.contiguous().flatten()
-    if tensor.is_floating_point() and not all(map(_is_finite, torch.split(flat, _PIECE))):
-        bad = int((~flat.isfinite()).sum().item())
+def _in_pieces(source: ModelSource, names: Iterable[str]) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    """Each tensor's values, flat; of a source on this machine no tensor is held whole."""
+    pieces = getattr(source, "pieces", None)
+    if pieces is not None:
+        yield from ((name, pieces(name)) for name in names)
+        return
+    for name, tensor in source.read(names):
+        yield name, torch.split(tensor.contiguous().flatten(), _PIECE)
+
+
+def _look(source: ModelSource, name: str, pieces: Iterable[Tensor]) -> str:
+    known = hashlib.sha256()
+    bad = 0
+    for piece in pieces:
+        known.update(piece.view(torch.uint8).numpy().data)
+        if piece.is_floating_point() and not _is_finite(piece):
+            bad += int((~piece.isfinite()).sum().item())
+    if bad:
         raise SourceError(
             f"'{name}' in {source.path} has {bad} values that are not finite "
             "(NaN or infinity): fetch the model again"
         )
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return known.hexdigest()
 
 
 def _is_finite(piece: Tensor) -> bool:

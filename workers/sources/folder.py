@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,7 +26,9 @@ from workers.sources.checkpoint import (
     load_config,
     load_tokenizer,
 )
-from workers.sources.header import dtype_of
+from workers.sources.header import LENGTH_BYTES, StoredTensor, header_bytes, parse_header
+
+PIECE_BYTES = 1 << 21  # of a tensor that is looked at: they stay in a core's cache
 
 
 class SafetensorsFolder:
@@ -38,8 +42,8 @@ class SafetensorsFolder:
         self.config = load_config(path, str(path))
         expected = _weight_files(path)
         found = ((file, _read_header(path / file)) for file in expected)
-        tensors, self._file_of = joined(found, expected)
-        self.tensors: Mapping[str, TensorInfo] = tensors
+        self._stored, self._file_of = joined(found, expected)
+        self.tensors: Mapping[str, TensorInfo] = {n: t.info for n, t in self._stored.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         by_file: dict[str, list[str]] = defaultdict(list)
@@ -49,6 +53,24 @@ class SafetensorsFolder:
             with _open(self.path / file) as handle:
                 for name in inside:
                     yield name, handle.get_tensor(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor's values in their order, flat, each piece in the memory of the one before.
+
+        To look at them once. On a machine of 16 cores that share a mapped file, its pages' faults
+        take as long as hashing does.
+        """
+        stored, file = self._stored[name], self.path / self._file_of[name]
+        left = stored.last - stored.first
+        memory = bytearray(min(left, PIECE_BYTES))
+        with file.open("rb", buffering=0) as opened:
+            opened.seek(stored.first)
+            while left:
+                piece = memoryview(memory)[:left]
+                if _filled(opened, piece) < len(piece):
+                    raise SourceError(f"{file} ends within '{name}'. Fetch it again")
+                yield torch.frombuffer(piece, dtype=stored.info.dtype)
+                left -= len(piece)
 
     def config_json(self) -> dict[str, Any]:
         return config_json(self.path)
@@ -80,21 +102,33 @@ def _weight_files(path: Path) -> Expected:
     return files
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes; safetensors itself checks them against the file's length."""
-    with _open(file) as handle:
-        infos = {}
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(name)
-            dtype = dtype_of(name, part.get_dtype(), str(file))
-            infos[name] = TensorInfo(dtype, tuple(part.get_shape()))
-    return infos
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Names, dtypes, shapes and places; safetensors itself has the first word on the file."""
+    with _open(file), file.open("rb") as opened:
+        size = file.stat().st_size
+        try:
+            header = opened.read(header_bytes(opened.read(LENGTH_BYTES), size))
+            return parse_header(header, size, str(file))
+        except ValueError as error:
+            raise _not_whole(file, error) from None
+
+
+def _filled(opened: FileIO, memory: memoryview) -> int:
+    """Read until the memory is full or the file ends; how much that was."""
+    filled = 0
+    while filled < len(memory) and (count := opened.readinto(memory[filled:])):
+        filled += count
+    return filled
 
 
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise SourceError(
-            f"{file} is not a whole safetensors file: {first_line(error)}. Fetch it again"
-        ) from None
+        raise _not_whole(file, error) from None
+
+
+def _not_whole(file: Path, error: Exception) -> SourceError:
+    return SourceError(
+        f"{file} is not a whole safetensors file: {first_line(error)}. Fetch it again"
+    )
