@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from quantcore.errors import SourceError
 from quantcore.norms import norm_rule
+from workers.alike import looks
 from workers.blocks import BlockModel, Call, linears_of, run_block
 from workers.norms import NormWatch
 from workers.plan import Norm
@@ -78,7 +79,8 @@ def inspect(source: ModelSource) -> Architecture:
     for index, call in enumerate(calls):
         block = model.empty_block(index)
         _refuse_by_structure(block, model.prefix(index).rstrip("."))
-        alike = _looks(block, call)
+        # blocks that look alike, and are called alike, hand their linears the same
+        alike = looks(block), len(call.args), tuple(sorted(call.kwargs))
         if alike not in looked_at:
             looked_at[alike] = _block_info(block, call, source.config)
         blocks.append(looked_at[alike].under(model.prefix(index)))
@@ -160,21 +162,6 @@ def _probe_calls(model: BlockModel) -> list[Call]:
     }
     ids_BL = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64)
     return model.probe(ids_BL, zeros).calls
-
-
-def _looks(block: nn.Module, call: Call) -> Any:
-    """The same for blocks that differ in their place alone: they hand their linears the same."""
-    modules = tuple(
-        (name, type(module), tuple((n, p.shape) for n, p in module.named_parameters(recurse=False)))
-        for name, module in block.named_modules()
-    )
-    settings = tuple(
-        (name, setting, value)
-        for name, module in block.named_modules()
-        for setting, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str) and setting != "layer_idx"
-    )
-    return modules, settings, len(call.args), tuple(sorted(call.kwargs))
 
 
 def _block_info(block: nn.Module, call: Call, config: Any) -> BlockInfo:

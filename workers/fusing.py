@@ -7,7 +7,7 @@ D = values of a head.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from quantkernels.forward import NormForm, rms_norm, rotated, silu_product
 from torch import Tensor, nn
 
+from workers.alike import looks
 from workers.norms import may_be_norm
 
 # Tokens from so small that an epsilon counts to so large that a clamp would show
@@ -28,25 +29,44 @@ _ROTARY_TRIAL = (2, 8, 64)  # heads, tokens, values of a head
 Forward = Callable[[Tensor], Tensor]
 
 
+Tried = dict[Hashable, int | None]  # by what a module looks like: the candidate that fits
+
+
 @torch.no_grad()
-def fuse(block: nn.Module) -> list[str]:
-    """Give a block's modules the kernels that compute what they do; the names of those modules."""
+def fuse(block: nn.Module, tried: Tried | None = None) -> list[str]:
+    """Give a block's modules the kernels that compute what they do; the names of those modules.
+
+    A module that looks like one in `tried` is taken to compute the same; others are added there.
+    """
+    tried = {} if tried is None else tried
     fused = []
     for name, module in block.named_modules():
-        if _rotates_as_we_do(module):
-            _rotate(module)
-            fused.append(name)
-            continue
         width, candidates = _candidates(module)
-        if not candidates:
+        embeds = _embeds_positions(module)
+        if not candidates and not embeds:
             continue
-        x_BTI = _trial(width, next(module.parameters()))
-        wanted_BTI = module(x_BTI)
-        fitting = (forward for forward in candidates if _agree(forward(x_BTI), wanted_BTI))
-        if (forward := next(fitting, None)) is not None:
-            module.forward = forward
-            fused.append(name)
+        alike = looks(module)
+        if alike not in tried:
+            if embeds:
+                tried[alike] = 0 if _rotates_as_we_do(module) else None
+            else:
+                tried[alike] = _fitting(module, width, candidates)
+        number = tried[alike]
+        if number is None:
+            continue
+        if embeds:
+            _rotate(module)
+        else:
+            module.forward = candidates[number]
+        fused.append(name)
     return fused
+
+
+def _fitting(module: nn.Module, width: int, candidates: list[Forward]) -> int | None:
+    x_BTI = _trial(width, next(module.parameters()))
+    wanted_BTI = module(x_BTI)
+    numbers = (n for n, forward in enumerate(candidates) if _agree(forward(x_BTI), wanted_BTI))
+    return next(numbers, None)
 
 
 def _candidates(module: nn.Module) -> tuple[int, list[Forward]]:
@@ -80,14 +100,18 @@ def _gated_forward(gate: nn.Linear, up: nn.Linear, down: nn.Linear, x: Tensor) -
     return y
 
 
-def _rotates_as_we_do(module: nn.Module) -> bool:
-    """Whether a module's forward embeds positions by a function that `rotated` can stand for."""
+def _embeds_positions(module: nn.Module) -> bool:
+    """Whether a module's forward calls a function of the name and the arguments that we know."""
     forward = type(module).forward
     if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
         return False
     own = forward.__globals__.get(_ROTARY)
-    if not callable(own) or list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
-        return False
+    return callable(own) and list(inspect.signature(own).parameters)[:4] == ["q", "k", "cos", "sin"]
+
+
+def _rotates_as_we_do(module: nn.Module) -> bool:
+    """Whether `rotated` can stand for that function."""
+    own = type(module).forward.__globals__[_ROTARY]
     heads, tokens, values = _ROTARY_TRIAL
     like = next(module.parameters())
     q_BHTD, k_BHTD, tables_BHTD = (

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -17,28 +17,34 @@ _PIECE = 1 << 20  # values that are looked at together: they stay in a core's ca
 def survey(source: ModelSource, names: Iterable[str], threads: int = 1) -> dict[str, str]:
     """SHA-256 (hex) of each named tensor's bytes. Raises SourceError for NaN or infinity.
 
-    `threads` tensors are looked at together; they are read one by one unless the source can do
-    better.
+    `threads` tensors are looked at together. Of a source on this machine none is held; others are
+    asked for their tensors one after the other.
     """
+    pieces = getattr(source, "pieces", None)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        if pieces is None:
+            return _held(source, names, pool, threads)
+        # the largest first, so that none is left for the end
+        ordered = sorted(names, key=lambda name: -source.tensors[name].num_bytes)
+        looked = pool.map(lambda name: _look(source, name, pieces(name)), ordered)
+        return dict(zip(ordered, looked, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _held(
+    source: ModelSource, names: Iterable[str], pool: ThreadPoolExecutor, threads: int
+) -> dict[str, str]:
     hashes: dict[str, str] = {}
     underway: deque[tuple[str, Future[str]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for name, pieces in _in_pieces(source, names):
-            underway.append((name, pool.submit(_look, source, name, pieces)))
-            if len(underway) > threads:
-                first, looked = underway.popleft()
-                hashes[first] = looked.result()
-        return hashes | {name: looked.result() for name, looked in underway}
-
-
-def _in_pieces(source: ModelSource, names: Iterable[str]) -> Iterator[tuple[str, Iterable[Tensor]]]:
-    """Each tensor's values, flat; of a source on this machine no tensor is held whole."""
-    pieces = getattr(source, "pieces", None)
-    if pieces is not None:
-        yield from ((name, pieces(name)) for name in names)
-        return
     for name, tensor in source.read(names):
-        yield name, torch.split(tensor.contiguous().flatten(), _PIECE)
+        pieces = torch.split(tensor.contiguous().flatten(), _PIECE)
+        underway.append((name, pool.submit(_look, source, name, pieces)))
+        if len(underway) > threads:
+            first, looked = underway.popleft()
+            hashes[first] = looked.result()
+    return hashes | {name: looked.result() for name, looked in underway}
 
 
 def _look(source: ModelSource, name: str, pieces: Iterable[Tensor]) -> str:

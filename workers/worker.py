@@ -18,7 +18,7 @@ from workers.capacity import peak_bytes
 from workers.clock import Clock, TimedSource
 from workers.collecting import Collector
 from workers.evaluate import Tell, evaluate
-from workers.fusing import fuse
+from workers.fusing import Tried, fuse
 from workers.held import Held, pack
 from workers.kind import cores_beside, make_repeatable, matmul_flops
 from workers.layout import KEPT, OUTSIDE, block_key, epoch_name, kept_in
@@ -97,6 +97,7 @@ class Worker:
         self._held = Held(plan, self._model)
         self._source_blocks: dict[int, nn.Module] = {}  # that Boundary keeps loaded
         self._writer = Writer(self._clock)
+        self._fused: Tried = {}
         self._encoded: tuple[tuple[SolvedGroup, ...], Encoded] | None = None  # the latest block
         self._tell = tell
         mixed = plan.contract.kind == MIXED  # else all are as fast as each other, till it shows
@@ -214,7 +215,7 @@ class Worker:
         with self._clock.spent("read"):
             block = self._model.block(index, replace)
         if self.device.type != "cpu" and self._plan.torch_dtype != torch.float32:
-            fuse(block)
+            fuse(block, self._fused)
         return block
 
     def _hold(self, index: int) -> None:

@@ -10,7 +10,7 @@ GRAM_PIECE = 16_384  # tokens summed in registers before they are added to what 
 SWEEP_COLUMNS = 16  # columns that a row keeps in registers
 SWEEP_SPAN = 512  # columns between updates of everything after them
 SWEEP_STEP = 32  # columns per matrix product of such an update
-SWEEP_PRECISION = "ieee"  # float32 products and sums
+SWEEP_PRECISION = "bf16x3"  # of its products: two parts of each factor, three of four products
 
 NORM_VALUES_PER_WARP = 512  # of a row, whose squares one warp sums
 

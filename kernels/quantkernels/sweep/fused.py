@@ -61,7 +61,7 @@ def sweep_by_root(w_IO: Tensor, root_II: Tensor, columns: Columns, block_columns
                 columns.grid,
                 tile["rows"],
                 SWEEP_COLUMNS,
-                SWEEP_PRECISION,
+                _precision(w_IO.device),
                 num_warps=tile["num_warps"],
                 enable_fp_fusion=False,
             )
@@ -92,10 +92,14 @@ def _hand_on(
         UPDATE_ROWS,
         SWEEP_STEP,
         NEIGHBOURS,
-        SWEEP_PRECISION,
+        _precision(d_IO.device),
         num_warps=8,
         num_stages=3,
     )
+
+
+def _precision(device: torch.device) -> str:
+    return "ieee" if device.type == "cpu" else SWEEP_PRECISION  # the interpreter knows no other
 
 
 @triton.jit
