@@ -64,6 +64,20 @@ def test_a_calibration_runs_in_what_the_hardware_multiplies_fast(
     assert asked.plan.contract.compute_dtype == "float32"
 
 
+def test_cpus_evaluate_in_float32_whatever_they_calibrate_in(
+    job_file: JobFile, text_file: Path
+) -> None:
+    evaluation = {"text": str(text_file), "max_characters": 300, "length": 32}
+    told = {
+        dtype: run_here(job_file(dtype, compute_dtype=dtype, evaluation=evaluation)).report
+        for dtype in ("float32", "bfloat16")
+    }
+    originals = [report["evaluation"]["original"] for report in told.values()]
+    assert originals[0] == originals[1]
+    artifacts = [report["layers"] for report in told.values()]
+    assert artifacts[0] != artifacts[1]
+
+
 def test_of_several_kinds_all_must_multiply_bfloat16() -> None:
     native, none = {"bfloat16": "native"}, {"bfloat16": "none"}
     assert compute_dtype([native, native]) == "bfloat16"
