@@ -7,9 +7,11 @@ deterministic, which is so of its backward pass; a forward has one order of sums
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 _ON_CUDA = [
     SDPBackend.CUDNN_ATTENTION,
@@ -30,11 +32,22 @@ def attention_on(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    strict = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(strict, warn_only=True)
-    try:
-        with sdpa_kernel(_ON_CUDA, set_priority=True):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warned)
+    with sdpa_kernel(_ON_CUDA, set_priority=True), NoObjection():
+        yield
+
+
+class NoObjection(TorchFunctionMode):
+    """Attention runs though torch counts it as not deterministic; all else stays as strict."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        strict = torch.are_deterministic_algorithms_enabled()
+        warned = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(strict, warn_only=True)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warned)

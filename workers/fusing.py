@@ -27,8 +27,6 @@ _ROTARY = "apply_rotary_pos_emb"  # as transformers' modules call the function, 
 _ROTARY_TRIAL = (2, 8, 64)  # heads, tokens, values of a head
 
 Forward = Callable[[Tensor], Tensor]
-
-
 Tried = dict[Hashable, int | None]  # by what a module looks like: the candidate that fits
 
 

@@ -101,7 +101,7 @@ def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "xpu":
-        return torch.xpu.is_bf16_supported()
+        return bool(torch.xpu.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in _CPU_BFLOAT16)
 
