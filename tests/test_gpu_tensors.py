@@ -208,6 +208,10 @@ def test_a_compiled_model_is_the_eager_one(scheme: Scheme, layout: str, recommen
         config.load_config(saved)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 dies of a segmentation fault as it loads a package for CUDA",
+)
 def test_aot_inductor_packages_it(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(128, 64), nn.ReLU()).cuda().bfloat16().eval()
     quantize_(model, "int4", group_size=32, layout="tensor_core_tiled", inductor_settings=False)
