@@ -179,6 +179,8 @@ def test_tiles_go_to_a_file_and_back(tmp_path: Path) -> None:
     [
         (Scheme(name="int4", group_size=32), "tensor_core_tiled"),
         (Scheme(name="int4", group_size=32), "plain"),
+        (Scheme(name="int4", group_size=32), "triton_tiled"),
+        (Scheme(name="int8"), "triton_tiled"),
         (Scheme(name="int8"), "plain"),
         (Scheme(name="int8_dynamic"), "plain"),
         (Scheme(name="float8_dynamic"), "plain"),

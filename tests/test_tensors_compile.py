@@ -19,6 +19,7 @@ CASES = [
     for scheme, layout in (
         (INT4, Layout.PLAIN),
         (INT4, Layout.INT4_CPU),
+        (INT4, Layout.TRITON_TILED),
         (Scheme(name="int4", group_size=32, zero_point="float"), Layout.TENSOR_CORE_TILED),
         (Scheme(name="int4", group_size=32, zero_point="int"), Layout.PLAIN),
         (Scheme(name="int8"), Layout.PLAIN),
@@ -34,7 +35,7 @@ CASES = [
         (Scheme(name="float8_static"), Layout.PLAIN),
     )
 ]
-HALF = (Layout.TENSOR_CORE_TILED, Layout.INT4_CPU)
+HALF = (Layout.TENSOR_CORE_TILED, Layout.TRITON_TILED, Layout.INT4_CPU)
 SLOW = [pytest.param(*c.values, marks=pytest.mark.slow, id=f"slow {c.id}") for c in CASES]
 pytestmark = pytest.mark.filterwarnings("ignore")
 

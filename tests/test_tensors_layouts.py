@@ -48,6 +48,7 @@ def test_the_legal_pairs_of_layout_and_zero_point(layout: Layout, zero_point: Ze
     legal = {
         Layout.PLAIN: {"none", "int", "float"},
         Layout.TENSOR_CORE_TILED: {"none", "float"},
+        Layout.TRITON_TILED: {"none", "int", "float"},
         Layout.INT4_CPU: {"none", "float"},
         Layout.INT4_DYNAMIC_CPU: {"none"},
         Layout.SPARSE_24: {"none"},

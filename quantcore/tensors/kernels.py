@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantcore.activations import fake_quantize
-from quantcore.tensors import accelerator, cpu
+from quantcore.tensors import accelerator, cpu, weight_only
 from quantcore.tensors.layouts import Layout
 from quantcore.tensors.tensor import QuantizedTensor
 
@@ -50,6 +50,7 @@ _INT8_BY_INT8_CPU = Kernel(cpu.takes_int8_by_int8, cpu.int8_by_int8)
 _FLOAT8_CPU = Kernel(cpu.takes_float8, cpu.float8_by_float8)
 _INT4_TILED = Kernel(accelerator.takes_int4, accelerator.int4)
 _INT8_BY_INT8 = Kernel(accelerator.takes_int8_by_int8, accelerator.int8_by_int8)
+_WEIGHT_ONLY = Kernel(weight_only.takes, weight_only.multiply)
 _SPARSE_BY_INT8 = Kernel(accelerator.takes_sparse, accelerator.sparse_by_int8)
 _FLOAT8 = Kernel(accelerator.takes_float8, accelerator.float8_by_float8)
 
@@ -73,6 +74,9 @@ for _device in ("cuda", "xpu"):  # an XPU was never at hand; its own int4 tiles 
         (_device, Layout.PLAIN, "int8_static"): (_INT8_BY_INT8,),
         (_device, Layout.PLAIN, "float8_dynamic"): (_FLOAT8,),
         (_device, Layout.PLAIN, "float8_static"): (_FLOAT8,),
+        (_device, Layout.TRITON_TILED, "int4"): (_WEIGHT_ONLY,),
+        (_device, Layout.TRITON_TILED, "int8"): (_WEIGHT_ONLY,),
+        (_device, Layout.TRITON_TILED, "float8"): (_WEIGHT_ONLY,),
     }
 
 

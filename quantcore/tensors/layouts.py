@@ -4,7 +4,10 @@
                          4 bits two to a byte. Every scheme, any shape, any device
     tensor_core_tiled    4-bit codes in the tiles that tensor cores load (tinygemm), with scale and
                          zero point of a group side by side; w = q * s + z
-    int4_cpu             the same for torch's CPU kernel; its bytes hang on the CPU that packs them
+    triton_tiled         codes of 4 or 8 bits in the tiles of our own Triton kernels, for any number
+                         of tokens; scales and zero points in float32
+    int4_cpu             as tensor_core_tiled, for torch's CPU kernel; its bytes hang on the CPU
+                         that packs them
     int4_dynamic_cpu     4-bit codes and scales as torch's CPU kernel for inputs in 8 bits wants
                          them; on ARM that is KleidiAI's. These bytes hang on the CPU as well, and
                          elsewhere than on ARM torch's kernel is a plain loop: write plain there
@@ -25,6 +28,7 @@ from quantcore.schemes import Scheme, ZeroPoint
 class Layout(StrEnum):
     PLAIN = "plain"
     TENSOR_CORE_TILED = "tensor_core_tiled"
+    TRITON_TILED = "triton_tiled"
     INT4_CPU = "int4_cpu"
     INT4_DYNAMIC_CPU = "int4_dynamic_cpu"
     SPARSE_24 = "sparse_24"
@@ -37,7 +41,7 @@ class LayoutRule:
 
     zero_points: tuple[ZeroPoint, ...]
     schemes: tuple[str, ...] = ()
-    group_sizes: tuple[int, ...] = ()
+    group_sizes: tuple[int | None, ...] = ()  # None: whole rows
     group_multiple: int = 0  # or groups of any multiple of this; whole rows too
     rows_multiple: int = 1
     columns_multiple: int = 1
@@ -58,6 +62,12 @@ LAYOUTS: dict[Layout, LayoutRule] = {
         rows_multiple=8,
         columns_multiple=32,
         dtypes=("bfloat16",),
+    ),
+    Layout.TRITON_TILED: LayoutRule(
+        zero_points=("none", "int", "float"),
+        schemes=("int4", "int8", "float8"),
+        group_sizes=(None, 32, 64, 128, 256, 512, 1024),
+        dtypes=("bfloat16", "float16"),
     ),
     Layout.INT4_CPU: LayoutRule(
         zero_points=("none", "float"),
@@ -127,7 +137,7 @@ def _tensor_refusal(
 def _group_refusal(rule: LayoutRule, scheme: Scheme) -> str | None:
     size = scheme.group_size
     if rule.group_sizes and size not in rule.group_sizes:
-        sizes = ", ".join(map(str, rule.group_sizes))
+        sizes = ", ".join(str(known) for known in rule.group_sizes if known)
         return f"has groups of {sizes}, not {scheme.label()}: write one of these group sizes"
     if rule.group_multiple and size is not None and size % rule.group_multiple:
         return (

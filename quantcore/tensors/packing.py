@@ -12,6 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from quantkernels.weight_only.tiles import (
+    grouping,
+    pack_codes,
+    pack_groups,
+    unpack_codes,
+    unpack_groups,
+)
 from torch import Tensor
 
 from quantcore.affine import Qparams
@@ -20,6 +27,7 @@ from quantcore.formats.base import QuantizedLinear, int8_codes
 from quantcore.nibbles import packed_nibbles, unpacked_nibbles
 from quantcore.tensors.layouts import Layout, refusal
 from quantcore.tensors.tensor import Facts, QuantizedTensor
+from quantcore.tensors.weight_only import codes_kind
 
 _LANES, _TILE_ROWS, _TILE_COLUMNS = 32, 8, 16
 
@@ -153,6 +161,29 @@ def _unpack_tiles(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
     return codes.to(torch.int8), _from_pair(weight)
 
 
+def _pack_triton(weight: QuantizedTensor) -> dict[str, Tensor]:
+    columns, qparams = weight.facts.features[1], _qparams(weight)
+    group = grouping(weight.scheme.group_size, zero=weight.zero is not None)
+    inner = {
+        "codes": pack_codes(_plain_codes(weight), codes_kind(weight.scheme)),
+        "scale": pack_groups(qparams.scale_OG, columns, group),
+    }
+    if weight.zero is not None:
+        inner["zero"] = pack_groups(qparams.zero_OG, columns, group)
+    return inner
+
+
+def _unpack_triton(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
+    features, size = weight.facts.features, weight.scheme.group_size
+    codes_OI = unpack_codes(weight.codes, codes_kind(weight.scheme), features)
+    scale_OG = unpack_groups(weight.scale, features, size)
+    if weight.zero is None:
+        return codes_OI, Qparams(scale_OG, torch.zeros_like(scale_OG, dtype=torch.int8))
+    zero_OG = unpack_groups(weight.zero, features, size)
+    whole = weight.scheme.zero_point == "int"
+    return codes_OI, Qparams(scale_OG, zero_OG.to(torch.int8) if whole else zero_OG)
+
+
 def tile_depth(columns: int) -> int:
     """How many tiles of 16 columns lie together: the most that divide a row, up to 8."""
     return next(depth for depth in (8, 4, 2) if columns % (_TILE_COLUMNS * depth) == 0)
@@ -266,6 +297,7 @@ def pruned_24(w_OI: Tensor) -> Tensor:
 PACKINGS: dict[Layout, Packing] = {
     Layout.PLAIN: Packing(lambda weight: weight.parts(), _unpack_plain),
     Layout.TENSOR_CORE_TILED: Packing(_pack_tiles, _unpack_tiles),
+    Layout.TRITON_TILED: Packing(_pack_triton, _unpack_triton),
     Layout.INT4_CPU: Packing(_pack_int4_cpu, _unpack_int4_cpu),
     Layout.INT4_DYNAMIC_CPU: Packing(_pack_int4_dynamic, _unpack_int4_dynamic),
     Layout.SPARSE_24: Packing(_pack_sparse, _unpack_sparse),

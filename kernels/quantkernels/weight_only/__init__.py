@@ -1,0 +1,105 @@
+"""y = x W^T by a weight in 4 or 8 bits, whose values x's dtype multiplies (W4A16, W8A16).
+
+    Frantar et al. 2024, https://arxiv.org/abs/2408.11743, for why such a product can be as fast as
+    its bytes are read; what is ours is in `tiles.py` (how a weight lies), `unpack.py` (codes to
+    values) and `fused.py` (the product). `reference.py` is plain torch.
+
+One entry for any number of tokens. On an accelerator, few tokens read the tiles; for many the
+weight is made dense, a piece of memory that is given back, and multiplied by torch's own product.
+Which it is, and how the kernel is launched, is data (`configs.py`).
+"""
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from quantkernels.grids import GridName
+from quantkernels.weight_only import configs, reference
+from quantkernels.weight_only.tiles import Codes, Tiles
+
+FUSED_DEVICES = ("cuda", "xpu")
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
+__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "Tiles", "dense", "linear"]
+
+
+def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b in x's dtype: bfloat16 or float16 on an accelerator, elsewhere any.
+
+    Sums run in float32. A weight's value is its code times its scale, the product rounded to x's
+    dtype at most once; where the launch scales sums instead, not at all. `x_TI` has any strides
+    and any number of rows, none among them. torch.compile and CUDA graphs take it as it is.
+    """
+    y_TO: Tensor = _linear(
+        x_TI,
+        weight.codes_RPBW,
+        weight.scale,
+        weight.zero,
+        bias_O,
+        weight.kind,
+        weight.grid,
+        weight.group,
+        *weight.features,
+    )
+    return y_TO
+
+
+def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
+    """The weight's values (O, I), each rounded to the dtype."""
+    if weight.codes_RPBW.device.type in FUSED_DEVICES and dtype in FUSED_DTYPES:
+        from quantkernels.weight_only import fused
+
+        return fused.dense(weight, dtype)
+    return reference.dense(weight, dtype)
+
+
+@torch.library.custom_op("quantkernels::weight_only_linear", mutates_args=())
+def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
+    x_TI: Tensor,
+    codes_RPBW: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias_O: Tensor | None,
+    kind: str,
+    grid: str,
+    group: int,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    weight = Tiles(
+        codes_RPBW=codes_RPBW,
+        scale=scale,
+        zero=zero,
+        kind=cast(Codes, kind),
+        grid=cast(GridName, grid),
+        group=group,
+        features=(rows, columns),
+    )
+    if x_TI.device.type not in FUSED_DEVICES:
+        return reference.linear(x_TI, weight, bias_O)
+    from quantkernels.weight_only import fused
+
+    tokens = x_TI.shape[0]
+    if 0 in (tokens, rows, columns):
+        return torch.nn.functional.linear(x_TI, x_TI.new_zeros(rows, columns), bias_O)
+    config = configs.choose(weight, tokens, *_gpu(x_TI.device))
+    if config.dense:
+        return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
+    return fused.linear(x_TI, weight, bias_O, config)
+
+
+@_linear.register_fake
+def _(x_TI: Tensor, *args: Any) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], args[7])
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    """Its name, and how many multiprocessors it has."""
+    if device.type == "cuda":
+        cuda = torch.cuda.get_device_properties(device)
+        return cuda.name, cuda.multi_processor_count
+    xpu = torch.xpu.get_device_properties(device)
+    return xpu.name, xpu.max_compute_units

@@ -1,0 +1,262 @@
+"""The weight-only product: its tiles, its reference, and the Triton kernel beside it.
+
+On a machine with a GPU the kernel runs on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
+by its plain operations and in float16, at sizes that it finishes in a moment.
+"""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from quantkernels.weight_only import dense, linear, reference
+from quantkernels.weight_only.configs import Config
+from quantkernels.weight_only.tiles import (
+    Codes,
+    Tiles,
+    grouping,
+    pack_codes,
+    pack_groups,
+    unpack_codes,
+    unpack_groups,
+)
+from torch import Tensor
+
+from tests.references import float8_values
+
+ON_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if ON_GPU else "cpu"
+HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+
+needs_triton = (
+    pytest.mark.gpu
+    if ON_GPU
+    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
+)
+SMALL = Config(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
+# codes, size of a group, grid, whether there is a zero point
+FORMS: list[tuple[Codes, int | None, str, bool]] = [
+    ("int4", 32, "affine", False),
+    ("int4", 64, "affine", True),
+    ("int4", 128, "offset", True),
+    ("int4", 256, "affine", False),
+    ("int4", None, "affine", False),
+    ("int4", None, "offset", True),
+    ("int8", None, "affine", False),
+    ("int8", 32, "affine", True),
+    ("int8", 64, "offset", True),
+    ("float8", None, "float8", False),
+]
+
+
+def codes_of(kind: Codes, rows: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + columns)
+    if kind == "int4":
+        return torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    codes_OI = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    if kind == "float8":  # no NaN among them
+        codes_OI = torch.where((codes_OI & 0x7F) == 0x7F, codes_OI ^ 1, codes_OI)
+    return codes_OI
+
+
+def weight_of(
+    kind: Codes, size: int | None, grid: str, zero: bool, rows: int, columns: int
+) -> tuple[Tiles, np.ndarray]:
+    """The tiles, and the values in float64 from the formula."""
+    generator = torch.Generator().manual_seed(columns)
+    codes_OI = codes_of(kind, rows, columns)
+    groups = -(-columns // size) if size else 1
+    # scales that a 16-bit float holds, as artifacts have them
+    scale_OG = (torch.rand(rows, groups, generator=generator) + 0.5).half().float() / 64
+    scale_OG = scale_OG.to(torch.bfloat16).float()
+    zero_OG = None
+    if zero and grid == "affine":
+        low, high = (-8, 8) if kind == "int4" else (-128, 128)
+        zero_OG = torch.randint(low, high, (rows, groups), generator=generator).float()
+    elif zero:
+        zero_OG = torch.randn(rows, groups, generator=generator).to(torch.bfloat16).float() / 16
+    group = grouping(size, zero=zero)
+    made = Tiles(
+        codes_RPBW=pack_codes(codes_OI, kind).to(DEVICE),
+        scale=pack_groups(scale_OG, columns, group).to(DEVICE),
+        zero=None if zero_OG is None else pack_groups(zero_OG, columns, group).to(DEVICE),
+        kind=kind,
+        grid=grid,  # type: ignore[arg-type]
+        group=group,
+        features=(rows, columns),
+    )
+    codes = codes_OI.numpy().astype(np.float64)
+    if kind == "float8":
+        values, bits = float8_values()
+        table = dict(zip(bits.astype(np.int8).tolist(), values.tolist(), strict=True))
+        codes = np.vectorize(table.__getitem__, otypes=[np.float64])(codes_OI.numpy().astype(int))
+    spread = [
+        np.repeat(t.double().numpy(), -(-columns // groups), axis=1)[:, :columns]
+        for t in (scale_OG, torch.zeros_like(scale_OG) if zero_OG is None else zero_OG)
+    ]
+    if grid == "offset":
+        return made, codes * spread[0] + spread[1]
+    return made, (codes - spread[1]) * spread[0]
+
+
+def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randn(tokens, columns, generator=generator).to(dtype).to(DEVICE)
+
+
+def relative(actual: Tensor, wanted: np.ndarray) -> float:
+    difference = actual.double().cpu().numpy() - wanted
+    return float(np.linalg.norm(difference) / max(np.linalg.norm(wanted), 1e-30))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 256), (5, 1000)])
+def test_codes_come_back_from_tiles(kind: Codes, shape: tuple[int, int]) -> None:
+    codes_OI = codes_of(kind, *shape)
+    tiles = pack_codes(codes_OI, kind)
+    assert tiles.shape[2:] == (128, 32) and tiles.is_contiguous()
+    assert torch.equal(unpack_codes(tiles, kind, shape), codes_OI)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256, 512, None])
+@pytest.mark.parametrize("zero", [False, True])
+def test_scales_come_back_from_tiles(size: int | None, zero: bool) -> None:
+    for rows, groups in ((1, 1), (130, 3), (128, 4)):
+        columns = groups * (size or 96)
+        values_OG = torch.randn(rows, groups if size else 1)
+        packed = pack_groups(values_OG, columns, grouping(size, zero=zero))
+        assert torch.equal(unpack_groups(packed, (rows, columns), size), values_OG)
+
+
+def test_a_word_holds_columns_that_are_32_apart() -> None:
+    codes_OI = torch.arange(-8, 8, dtype=torch.int8).repeat(1, 16)
+    word = int(pack_codes(codes_OI, "int4")[0, 1, 0, 3]) & 0xFFFF
+    nibbles = [(word >> 4 * part) & 15 for part in range(4)]
+    assert nibbles == [int(codes_OI[0, 128 + 32 * part + 3]) + 8 for part in range(4)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 96), (130, 320), (1, 512)])
+def test_the_reference_is_the_formula(
+    form: tuple[Codes, int | None, str, bool], shape: tuple[int, int]
+) -> None:
+    rows, columns = shape
+    size = form[1] or 1
+    weight, w_OI = weight_of(*form, rows, max(columns // size, 1) * size)
+    assert relative(reference.dense(weight, torch.float32), w_OI) < 1e-6
+    x_TI = inputs(3, weight.features[1], torch.float32)
+    wanted_TO = x_TI.double().cpu().numpy() @ w_OI.T
+    assert relative(reference.linear(x_TI, weight, None), wanted_TO) < 1e-5
+
+
+LAUNCHES = [
+    SMALL,
+    Config(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
+    Config(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
+def test_the_kernel_is_the_formula(
+    form: tuple[Codes, int | None, str, bool], launch: Config, dtype: torch.dtype
+) -> None:
+    from quantkernels.weight_only import fused
+
+    size = form[1] or 1
+    for (rows, columns), tokens in itertools.product([(130, 768), (5, 256)], [1, 17]):
+        weight, w_OI = weight_of(*form, rows, columns // size * size)
+        x_TI = inputs(tokens, weight.features[1], dtype)
+        bias_O = inputs(1, rows, dtype)[0]
+        wanted_TO = x_TI.double().cpu().numpy() @ w_OI.T + bias_O.double().cpu().numpy()
+        y_TO = fused.linear(x_TI, weight, bias_O, launch)
+        most = 4e-3 if dtype == torch.bfloat16 else 8e-4
+        assert y_TO.dtype == dtype and relative(y_TO, wanted_TO) < most
+
+
+@needs_triton
+@pytest.mark.parametrize("form", FORMS[:2] + FORMS[6:8], ids=str)
+def test_odd_widths_and_strides_are_taken(form: tuple[Codes, int | None, str, bool]) -> None:
+    """A width that fills no tile; inputs that are columns of something larger, NaN around them."""
+    from quantkernels.weight_only import fused
+
+    columns = 320 if form[1] else 301
+    weight, w_OI = weight_of(*form, 70, columns)
+    wide = torch.full((40, columns + 9), torch.nan, dtype=torch.float16, device=DEVICE)
+    wide[3:39:12, 5 : 5 + columns] = inputs(3, columns, torch.float16)
+    for x_TI in (wide[3:39:12, 5 : 5 + columns], inputs(columns, 3, torch.float16).t()):
+        y_TO = fused.linear(x_TI, weight, None, LAUNCHES[1])
+        assert relative(y_TO, x_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_dense_weight_is_the_references(
+    form: tuple[Codes, int | None, str, bool], dtype: torch.dtype
+) -> None:
+    from quantkernels.weight_only import fused
+
+    size = form[1] or 1
+    weight, _ = weight_of(*form, 130, 300 // size * size or size)
+    ours, wanted = fused.dense(weight, dtype), reference.dense(weight, dtype)
+    # an offset's product and sum are rounded once there, twice in float32 and then here
+    slack = torch.finfo(dtype).eps if form[2] == "offset" else 0.0
+    assert torch.allclose(ours.float(), wanted.float(), rtol=slack, atol=0)
+
+
+def test_no_tokens_and_no_rows_give_nothing() -> None:
+    weight, _ = weight_of("int4", 32, "affine", False, 8, 64)
+    assert linear(inputs(0, 64, torch.float16), weight).shape == (0, 8)
+    assert dense(weight, torch.float32).shape == (8, 64)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_operator_is_what_torch_asks_of_one(zero: bool) -> None:
+    weight, _ = weight_of("int4", 64, "affine", zero, 24, 128)
+    x_TI, bias_O = inputs(3, 128, torch.bfloat16), inputs(1, 24, torch.bfloat16)[0]
+    arguments = (x_TI, weight.codes_RPBW, weight.scale, weight.zero, bias_O)
+    torch.library.opcheck(
+        torch.ops.quantkernels.weight_only_linear.default,
+        (*arguments, weight.kind, weight.grid, weight.group, *weight.features),
+    )
+
+
+@pytest.mark.gpu
+def test_graphs_that_run_at_once_share_no_counters() -> None:
+    """Two captured products, whose tiles are finished by the last of many, on two streams."""
+    weight, _ = weight_of("int4", 128, "affine", False, 512, 8192)
+    x_TI = inputs(1, 8192, torch.bfloat16)
+    wanted_TO = linear(x_TI, weight)
+    graphs, outs = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([linear(x_TI, weight) for _ in range(20)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for y_TO in itertools.chain(*outs):
+        assert torch.equal(y_TO, wanted_TO)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40, 64, 128, 200, 1000])
+def test_the_launch_that_is_chosen_is_right(tokens: int) -> None:
+    for form, (rows, columns) in itertools.product(
+        [FORMS[2], FORMS[3], FORMS[6], FORMS[9]], [(4096, 4096), (1000, 2304), (1, 512)]
+    ):
+        weight, w_OI = weight_of(*form, rows, columns)
+        x_TI = inputs(tokens, columns, torch.bfloat16)
+        wanted_TO = x_TI.double() @ torch.from_numpy(w_OI).cuda().T
+        y_TO = linear(x_TI, weight)
+        assert (y_TO - wanted_TO).norm() < 4e-3 * wanted_TO.norm()
+        assert torch.equal(y_TO, linear(x_TI, weight))
