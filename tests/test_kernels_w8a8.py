@@ -10,9 +10,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from quantkernels.launches import Codes, Launch
 from quantkernels.w8a8 import reference
-from quantkernels.w8a8.tiles import Codes, Tiles8, pack_codes, pack_groups, unpack_codes
-from quantkernels.weight_only.configs import Config
+from quantkernels.w8a8.tiles import Tiles8, pack_codes, pack_groups, unpack_codes
 from torch import Tensor
 
 from tests.references import float8_values
@@ -38,8 +38,8 @@ FORMS: list[tuple[Codes, int | None, bool, bool]] = [
     ("int4", None, True, False),
 ]
 LAUNCHES = [
-    Config(rows=64, tokens=16, split=1, turn=128, stages=2, warps=4),
-    Config(rows=128, tokens=32, split=3, turn=128, stages=3, warps=4),
+    Launch(rows=64, tokens=16, split=1, turn=128, stages=2, warps=4),
+    Launch(rows=128, tokens=32, split=3, turn=128, stages=3, warps=4),
 ]
 
 
@@ -134,7 +134,7 @@ def test_the_reference_is_the_formula(form: tuple[Codes, int | None, bool, bool]
 @pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
 @pytest.mark.parametrize("tiled", [True, False], ids=["tiled", "plain"])
 def test_the_kernel_is_the_formula(
-    form: tuple[Codes, int | None, bool, bool], launch: Config, tiled: bool
+    form: tuple[Codes, int | None, bool, bool], launch: Launch, tiled: bool
 ) -> None:
     from quantkernels.w8a8 import fused
 

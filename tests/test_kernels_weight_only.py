@@ -10,10 +10,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import dense, linear, reference
-from quantkernels.weight_only.configs import Config
 from quantkernels.weight_only.tiles import (
-    Codes,
     Tiles,
     grouping,
     pack_codes,
@@ -35,7 +34,7 @@ needs_triton = (
     if ON_GPU
     else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
 )
-SMALL = Config(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
+SMALL = Launch(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
 # codes, size of a group, grid, whether there is a zero point
 FORMS: list[tuple[Codes, int | None, str, bool]] = [
     ("int4", 32, "affine", False),
@@ -153,8 +152,8 @@ def test_the_reference_is_the_formula(
 
 LAUNCHES = [
     SMALL,
-    Config(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
-    Config(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
+    Launch(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
+    Launch(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
 ]
 
 
@@ -163,7 +162,7 @@ LAUNCHES = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
 def test_the_kernel_is_the_formula(
-    form: tuple[Codes, int | None, str, bool], launch: Config, dtype: torch.dtype
+    form: tuple[Codes, int | None, str, bool], launch: Launch, dtype: torch.dtype
 ) -> None:
     from quantkernels.weight_only import fused
 

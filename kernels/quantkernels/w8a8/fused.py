@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.launches import Launch
 from quantkernels.w8a8 import tiles
 from quantkernels.w8a8.tiles import Tiles8
 from quantkernels.weight_only.arrivals import arrivals
-from quantkernels.weight_only.configs import Config
 
 BLOCK = tl.constexpr(tiles.ROWS)
 COLUMNS = tl.constexpr(tiles.COLUMNS)
@@ -29,7 +29,7 @@ def linear(
     weight: Tiles8,
     bias_O: Tensor | None,
     dtype: torch.dtype,
-    config: Config,
+    launch: Launch,
     *,
     compile_only: bool = False,
 ) -> Tensor:
@@ -37,14 +37,14 @@ def linear(
     rows = weight.features[0]
     device = codes_TI.device
     out_TO = torch.empty(tokens, rows, dtype=dtype, device=device)
-    count = triton.cdiv(rows, config.rows) * triton.cdiv(tokens, config.tokens)
+    count = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
     pieces = triton.cdiv(columns, tiles.COLUMNS)
-    split = min(config.split, pieces)
+    split = min(launch.split, pieces)
     whole = weight.kind != "float8" and weight.group == 0
     parts = out_TO
     if split > 1:
         kept = torch.int32 if whole else torch.float32
-        parts = torch.empty(split, count, config.rows, config.tokens, dtype=kept, device=device)
+        parts = torch.empty(split, count, launch.rows, launch.tokens, dtype=kept, device=device)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
@@ -74,11 +74,11 @@ def linear(
         weight.kind == "int4",
         weight.group,
         ptx,
-        config.rows,
-        config.tokens,
+        launch.rows,
+        launch.tokens,
         split,
-        config.stages,
-        num_warps=config.warps,
+        launch.stages,
+        num_warps=launch.warps,
     )
     return out_TO
 
@@ -220,10 +220,10 @@ def _store(
     if INT4:
         y *= 1 / 16
     if GROUP == 0:
-        y *= tl.load(scale_ptr + row)[:, None]
+        y *= tl.load(scale_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     if ZERO:
         zero = tl.load(x_zero_ptr + token, mask=token < tokens, other=0.0)
-        y -= zero[None, :] * tl.load(sums_ptr + row)[:, None]
+        y -= zero[None, :] * tl.load(sums_ptr + row, mask=row < rows, other=0.0)[:, None]
     if BY_TOKEN:
         y *= tl.load(x_scale_ptr + token, mask=token < tokens, other=0.0)[None, :]
     else:
@@ -244,11 +244,9 @@ def _bytes(stored, HALF: tl.constexpr, PTX: tl.constexpr):
                 "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }",
                 "=r,r", [stored], tl.int8, True, 4,
             )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [stored], tl.int8, True, 4
-            )
-    elif HALF == 0:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [stored], tl.int8, True, 4
+        )
+    if HALF == 0:
         return (stored.to(tl.int32) << 4).to(tl.int8)
-    else:
-        return (stored.to(tl.int32) & 0xF0).to(tl.int8)
+    return (stored.to(tl.int32) & 0xF0).to(tl.int8)

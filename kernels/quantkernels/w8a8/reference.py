@@ -29,7 +29,7 @@ def values(weight: Tiles8) -> Tensor:
     q_OI = (
         codes_OI.view(torch.float8_e4m3fn).float() if weight.kind == "float8" else codes_OI.float()
     )
-    scale_OG = unpack_groups(weight.scale, weight.features, weight.group or None)
+    scale_OG = unpack_groups(weight.scale.float(), weight.features, weight.group or None)
     if weight.group:
         scale_OG = scale_OG.repeat_interleave(weight.group, dim=1)[:, : weight.features[1]]
     return q_OI * scale_OG

@@ -1,12 +1,12 @@
 """How a weight lies for products with inputs in 8 bits, and the way there and back in plain torch.
 
-8-bit codes lie row by row, or in tiles; 4-bit ones in tiles. A tile is 128 rows by 128 columns: 128 bytes a row of 8-bit codes, or 64 of 4-bit ones, where the
-low half of byte i is column i and the high half column 64 + i. Tiles are contiguous, and those of
-128 rows follow one another.
+8-bit codes lie row by row, or in tiles; 4-bit ones in tiles. A tile is 128 rows by 128 columns: 128
+bytes a row of 8-bit codes, or 64 of 4-bit ones, where the low half of byte i is column i and the
+high half column 64 + i. Tiles are contiguous, and those of 128 rows follow one another.
 
     codes   int8 (row blocks, pieces, 128, 128 or 64); row by row (rows, columns)
-    scale   float32 (rows,) of whole rows; (row blocks, groups, 128) of groups of 32, 64 or 128
-            columns, longer ones written again for every 128; all to the padded height
+    scale   (rows,) of whole rows, in any floating dtype; float32 (row blocks, groups, 128) of
+            groups of 32, 64 or 128 columns, longer ones written again for every 128
     sums    float32 (rows,), where inputs may have a zero point: the weight's values summed by rows
 
 Rows and columns are padded to multiples of 128; inputs there count as nothing.
@@ -16,28 +16,17 @@ block, C = bytes of a row of a tile.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from quantkernels.launches import Codes
 from quantkernels.weight_only.tiles import ROWS, pack_groups, unpack_groups
-
-Codes = Literal["int4", "int8", "float8"]
 
 COLUMNS = 128
 HALF = COLUMNS // 2
 
-__all__ = [
-    "COLUMNS",
-    "ROWS",
-    "Codes",
-    "Tiles8",
-    "pack_codes",
-    "pack_groups",
-    "unpack_codes",
-    "unpack_groups",
-]
+__all__ = ["ROWS", "Tiles8", "pack_codes", "pack_groups", "unpack_codes", "unpack_groups"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

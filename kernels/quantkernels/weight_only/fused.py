@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.launches import Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
-from quantkernels.weight_only.configs import Config
 from quantkernels.weight_only.tiles import Tiles
 from quantkernels.weight_only.unpack import excess, unpacking
 
@@ -32,23 +32,23 @@ def linear(
     x_TI: Tensor,
     weight: Tiles,
     bias_O: Tensor | None,
-    config: Config,
+    launch: Launch,
     *,
     compile_only: bool = False,
 ) -> Tensor:
     tokens, columns = x_TI.shape
     rows = weight.features[0]
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
-    count = triton.cdiv(rows, config.rows) * triton.cdiv(tokens, config.tokens)
-    turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // config.turn)
-    split = min(config.split, turns)
+    count = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
+    turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // launch.turn)
+    split = min(launch.split, turns)
     parts = out_TO
     if split > 1:
-        parts = torch.empty(split, count, config.rows, config.tokens, device=x_TI.device)
+        parts = torch.empty(split, count, launch.rows, launch.tokens, device=x_TI.device)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
     zero = "none" if weight.zero is None else weight.grid
-    early = weight.group > 0 and (config.early or zero == "offset")
+    early = weight.group > 0 and (launch.early or zero == "offset")
     run(
         x_TI,
         weight.codes_RPBW,
@@ -67,13 +67,13 @@ def linear(
         bias_O is not None,
         columns % tiles.COLUMNS == 0,
         early,
-        config.rows,
-        config.tokens,
+        launch.rows,
+        launch.tokens,
         split,
-        config.turn,
-        config.stages,
+        launch.turn,
+        launch.stages,
         **_codes(weight, x_TI.dtype, x_TI.device, scaled=early),
-        num_warps=config.warps,
+        num_warps=launch.warps,
     )
     return out_TO
 

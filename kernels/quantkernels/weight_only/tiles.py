@@ -17,14 +17,12 @@ B = 128 rows of a block, W = 32 words.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-
-Codes = Literal["int4", "int8", "float8"]
+from quantkernels.launches import Codes
 
 ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
