@@ -6,6 +6,7 @@ which knows no float8 product.
 
 import importlib.util
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ LAUNCHES = [
     Launch(rows=64, tokens=16, split=1, turn=128, stages=2, warps=4),
     Launch(rows=128, tokens=32, split=3, turn=128, stages=3, warps=4),
 ]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def values_of(codes: Tensor, kind: Codes) -> np.ndarray:

@@ -6,6 +6,7 @@ by its plain operations and in float16, at sizes that it finishes in a moment.
 
 import importlib.util
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -58,6 +59,15 @@ def codes_of(kind: Codes, rows: int, columns: int) -> Tensor:
     if kind == "float8":  # no NaN among them
         codes_OI = torch.where((codes_OI & 0x7F) == 0x7F, codes_OI ^ 1, codes_OI)
     return codes_OI
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def weight_of(
@@ -175,6 +185,16 @@ def test_the_kernel_is_the_formula(
         y_TO = fused.linear(x_TI, weight, bias_O, launch)
         most = 4e-3 if dtype == torch.bfloat16 else 8e-4
         assert y_TO.dtype == dtype and relative(y_TO, wanted_TO) < most
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 512)])
+def test_packed_tiles_are_the_references(kind: Codes, shape: tuple[int, int]) -> None:
+    from quantkernels.weight_only import fused
+
+    codes_OI = codes_of(kind, shape[0], shape[1] + 3).to(DEVICE)[:, 2:-1]
+    assert torch.equal(fused.pack_codes(codes_OI, kind), pack_codes(codes_OI, kind))
 
 
 @needs_triton

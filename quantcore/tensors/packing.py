@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from quantkernels.w8a8.tiles import pack_codes as bytes_of
 from quantkernels.w8a8.tiles import unpack_codes as codes_of_bytes
+from quantkernels.weight_only import pack
 from quantkernels.weight_only.tiles import (
     grouping,
-    pack_codes,
     pack_groups,
     unpack_codes,
     unpack_groups,
@@ -170,7 +170,7 @@ def _pack_triton(weight: QuantizedTensor) -> dict[str, Tensor]:
     inner = {"scale": pack_groups(qparams.scale_OG, columns, group)}
     if weight.scheme.activations is not None:
         return inner | {"codes": bytes_of(codes_OI, kind), "sums": weight.read_back().sum(dim=1)}
-    inner["codes"] = pack_codes(codes_OI, kind)
+    inner["codes"] = pack(codes_OI, kind)
     if weight.zero is not None:
         inner["zero"] = pack_groups(qparams.zero_OG, columns, group)
     return inner

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from quantkernels.grids import GridName
 from quantkernels.launches import Codes, Shape, choose, gpu_of
-from quantkernels.weight_only import reference
+from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
 
 FUSED_DEVICES = ("cuda", "xpu")
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
-__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "Tiles", "dense", "linear"]
+__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "Tiles", "dense", "linear", "pack"]
 
 
 def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
@@ -53,6 +53,15 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
 
         return fused.dense(weight, dtype)
     return reference.dense(weight, dtype)
+
+
+def pack(codes_OI: Tensor, kind: Codes) -> Tensor:
+    """int8 codes, or the bits of float8, as `Tiles.codes_RPBW`."""
+    if codes_OI.device.type in FUSED_DEVICES:
+        from quantkernels.weight_only import fused
+
+        return fused.pack_codes(codes_OI, kind)
+    return tiles.pack_codes(codes_OI, kind)
 
 
 @torch.library.custom_op("quantkernels::weight_only_linear", mutates_args=())

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.launches import Launch
+from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.tiles import Tiles
@@ -96,6 +96,20 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
             **_codes(weight, dtype, device, scaled=scaled),
         )
     return out_OI
+
+
+def pack_codes(codes_OI: Tensor, kind: Codes) -> Tensor:
+    """As `tiles.pack_codes`, in one pass."""
+    rows, columns = codes_OI.shape
+    blocks = triton.cdiv(rows, tiles.ROWS)
+    bits = tiles.BITS[kind]
+    padded = triton.cdiv(columns, tiles.COLUMNS) * tiles.COLUMNS
+    pieces = padded * bits // (16 * tiles.WORDS)
+    shape = (blocks, pieces, tiles.ROWS, tiles.WORDS)
+    packed_RPBW = torch.empty(shape, dtype=torch.int16, device=codes_OI.device)
+    if packed_RPBW.numel():
+        _pack[(pieces, blocks)](codes_OI, packed_RPBW, rows, columns, *codes_OI.stride(), bits)
+    return packed_RPBW
 
 
 def _codes(
@@ -279,6 +293,24 @@ def _dense(
             values = (values.to(tl.float32) * scale[:, None]).to(values.dtype)
         there = (row < rows)[:, None] & (column + word < columns)[None, :]
         tl.store(out_ptr + column, values, mask=there)
+
+
+@triton.jit
+def _pack(codes_ptr, packed_ptr, rows, columns, codes_O, codes_I, BITS: tl.constexpr):
+    PARTS: tl.constexpr = 16 // BITS
+    piece, block = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
+    inside, word = tl.arange(0, BLOCK), tl.arange(0, WORDS)
+    row = block * BLOCK + inside
+    words = tl.zeros((BLOCK, WORDS), tl.int32)
+    for part in tl.static_range(PARTS):
+        column = piece * (WORDS * PARTS) + part * WORDS + word
+        there = (row < rows)[:, None] & (column < columns)[None, :]
+        at = row[:, None] * codes_O + column[None, :] * codes_I
+        code = tl.load(codes_ptr + at, mask=there, other=0).to(tl.int32)
+        code = tl.where(there, code + (8 if BITS == 4 else 0), 0)
+        words |= (code & ((1 << BITS) - 1)) << (part * BITS)
+    packed_ptr += (block * tl.num_programs(0) + piece) * (BLOCK * WORDS)
+    tl.store(packed_ptr + inside[:, None] * WORDS + word[None, :], words.to(tl.int16))
 
 
 @triton.jit
