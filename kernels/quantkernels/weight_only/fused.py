@@ -335,23 +335,17 @@ def _values(
     """One part of each word: q, q - z or, scaled, what the code stands for, in the dtype."""
     if len(PTX) == 0:
         return _plain_values(words, scale, zero, PART, SCALED, dtype, BITS, FLOAT8, ZERO)
-    ptx: tl.constexpr = PTX[PART]
-    if ZERO == "affine":
-        args = [words, tl.broadcast_to(-(zero + EXCESS)[:, None], words.shape)]
-        if SCALED:
-            args = args + [tl.broadcast_to(scale[:, None], words.shape)]
-    elif ZERO == "offset":
-        args = [words, tl.broadcast_to(scale[:, None], words.shape)]
-        args = args + [tl.broadcast_to(zero[:, None], words.shape)]
-    elif SCALED:
-        args = [words, tl.broadcast_to(scale[:, None], words.shape)]
     else:
+        ptx: tl.constexpr = PTX[PART]
         args = [words]
-    if len(args) == 1:
-        return tl.inline_asm_elementwise(ptx, "=r,r", args, dtype.value, True, 2)
-    if len(args) == 2:
-        return tl.inline_asm_elementwise(ptx, "=r,r,r,r", args, dtype.value, True, 2)
-    return tl.inline_asm_elementwise(ptx, "=r,r,r,r,r,r", args, dtype.value, True, 2)
+        if ZERO == "affine":
+            args = args + [tl.broadcast_to(-(zero + EXCESS)[:, None], words.shape)]
+        if SCALED or ZERO == "offset":
+            args = args + [tl.broadcast_to(scale[:, None], words.shape)]
+        if ZERO == "offset":
+            args = args + [tl.broadcast_to(zero[:, None], words.shape)]
+        operands: tl.constexpr = "=r,r" + ",r,r" * (len(args) - 1)
+        return tl.inline_asm_elementwise(ptx, operands, args, dtype.value, True, 2)
 
 
 @triton.jit
