@@ -20,13 +20,16 @@ POINTERS = {
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
 # kernel, codes, size of a group, zero point, PTX or plain operations, other constants
 CASES: list[Case] = [
-    ("_linear", "int4", 128, "none", True, {}),
-    ("_linear", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
-    ("_linear", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
-    ("_linear", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
-    ("_linear", "float8", 0, "none", True, {"EVEN": False}),
-    ("_linear", "int4", 32, "affine", False, {"SPLIT": 2}),
-    ("_linear", "float8", 0, "none", False, {}),
+    ("many", "int4", 128, "none", True, {}),
+    ("many", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
+    ("many", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
+    ("many", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
+    ("many", "float8", 0, "none", True, {"EVEN": False}),
+    ("many", "int4", 32, "affine", False, {"SPLIT": 2}),
+    ("many", "float8", 0, "none", False, {}),
+    ("few", "int4", 128, "none", True, {"ROWS": 32, "TOKENS": 8, "DEEP": 8, "num_warps": 8}),
+    ("few", "int8", 0, "none", True, {"ROWS": 32, "DEEP": 4, "EVEN": False, "SPLIT": 2}),
+    ("few", "int4", 64, "offset", False, {"ROWS": 32, "DEEP": 4, "EARLY": True}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -36,7 +39,7 @@ def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
 ) -> dict[str, int]:
     import triton
-    from quantkernels.weight_only import fused
+    from quantkernels.weight_only import few, fused, many
     from triton.backends.compiler import GPUTarget
 
     dtype = torch.bfloat16
@@ -48,7 +51,8 @@ def compiled(
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
     } | other  # fmt: skip
     warps = constants.pop("num_warps", 4)
-    kernel = getattr(fused, name)
+    kernels = {"many": many.many, "few": few.few, "_dense": fused._dense}
+    kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         argument: "constexpr"

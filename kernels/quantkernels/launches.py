@@ -35,6 +35,7 @@ class Launch:
     turn: int  # columns that are loaded at once: 128 or 256
     stages: int
     warps: int
+    deep: int = 1  # weight_only: tiles side by side in the columns, for a few tokens
     early: bool = False  # weight_only: whether values are scaled, and not sums
     other: bool = False  # by no kernel of ours: the rest has no meaning
 
@@ -46,6 +47,8 @@ class Launch:
             and self.turn in (128, 256)
             and 1 <= self.stages <= 8
             and self.warps in (1, 2, 4, 8, 16)
+            and self.deep in (1, 2, 4, 8, 16)
+            and (self.deep == 1 or self.rows <= 128)
         )
         if not good:
             raise ValueError(f"a launch that cannot be: {self}")

@@ -26,6 +26,7 @@ TURNS = {"weight_only": (128, 256), "w8a8": (128,)}
 INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
 # rows and warps of a program, for few tokens and for many
 FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4))
+DEEP = (1, 2, 4, 8, 16)  # tiles side by side, for few
 MANY = ((128, 4), (128, 8), (256, 8), (256, 16))
 
 
@@ -50,17 +51,23 @@ def candidates(shape: Shape) -> Iterator[Launch]:
     widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 512 else (128, 256)
     for tokens in widths:
         heights = FEW if tokens <= 16 else MANY
+        deeps = DEEP if tokens <= 16 and shape.kernel == "weight_only" else (1,)
         stages, splits = (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8, 12, 16)
-        for (rows, warps), turn, stage, split in product(
-            heights, TURNS[shape.kernel], stages, splits
+        for (rows, warps), deep, turn, stage, split in product(
+            heights, deeps, TURNS[shape.kernel], stages, splits
         ):
+            if deep > 1 and (
+                rows > 64 or warps > 2 or warps * deep > 16
+            ):  # a warp or two to a tile
+                continue
             launch = Launch(
                 rows=rows,
                 tokens=tokens,
                 split=split,
                 turn=turn,
                 stages=stage,
-                warps=warps,
+                warps=warps * deep,
+                deep=deep,
                 early=shape.kernel == "weight_only" and shape.group > 0 and tokens > 64,
             )
             if _sensible(launch, shape):
@@ -68,11 +75,15 @@ def candidates(shape: Shape) -> Iterator[Launch]:
 
 
 def _sensible(launch: Launch, shape: Shape) -> bool:
-    codes = launch.turn * launch.rows * BITS[shape.codes] // 8
-    loaded = (codes + launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]) * launch.stages
+    wide = launch.turn * launch.deep
+    codes = wide * launch.rows * BITS[shape.codes] // 8
+    loaded = (codes + wide * launch.tokens * INPUT_BYTES[shape.kernel]) * launch.stages
     programs = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens) * launch.split
-    fills = 180 <= programs <= 900 or (launch.split == 1 and programs > 900)
-    return loaded <= SHARED_BYTES and launch.split <= shape.columns // launch.turn and fills
+    warps = programs * launch.warps
+    fills = 120 <= programs <= 1000 or (launch.split == 1 and programs > 1000)
+    if launch.deep > 1:
+        fills = fills and warps >= 600 and launch.split <= 4
+    return loaded <= SHARED_BYTES and wide * launch.split <= shape.columns and fills
 
 
 def _codes(shape: Shape, device: str) -> Tensor:
