@@ -30,6 +30,7 @@ CASES: list[Case] = [
     ("few", "int4", 128, "none", True, {"ROWS": 32, "TOKENS": 8, "DEEP": 8, "num_warps": 8}),
     ("few", "int8", 0, "none", True, {"ROWS": 32, "DEEP": 4, "EVEN": False, "SPLIT": 2}),
     ("few", "int4", 64, "offset", False, {"ROWS": 32, "DEEP": 4, "EARLY": True}),
+    ("even", "int4", 128, "none", True, {"TOKENS": 64, "num_warps": 8, "maxnreg": 128}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -39,7 +40,7 @@ def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
 ) -> dict[str, int]:
     import triton
-    from quantkernels.weight_only import few, fused, many
+    from quantkernels.weight_only import even, few, fused, many
     from triton.backends.compiler import GPUTarget
 
     dtype = torch.bfloat16
@@ -50,8 +51,8 @@ def compiled(
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
     } | other  # fmt: skip
-    warps = constants.pop("num_warps", 4)
-    kernels = {"many": many.many, "few": few.few, "_dense": fused._dense}
+    options = {"num_warps": 4} | {k: v for k, v in other.items() if k in ("num_warps", "maxnreg")}
+    kernels = {"many": many.many, "few": few.few, "even": even.even, "_dense": fused._dense}
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
@@ -68,7 +69,7 @@ def compiled(
         if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T")
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {"bytes": len(made.asm["cubin"]), "spilled": made.asm["ptx"].count(".local")}
 
 

@@ -16,6 +16,7 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -82,6 +83,7 @@ def _search(
 ) -> Iterator[Tuned]:
     kernel, codes, group = of
     subject = SUBJECTS[kernel]
+    units = torch.cuda.get_device_properties().multi_processor_count
     shapes = [
         Shape(kernel=kernel, codes=codes, group=group, rows=rows, columns=columns, tokens=tokens)
         for tokens in options.tokens
@@ -96,7 +98,7 @@ def _search(
         x_TI = subject.served(inputs)
         dense_us = median(timed([partial(linear, x_TI, dense) for dense in denses]))
         wanted_TO = linear(x_TI, dense_OI)
-        launches = list(candidates(shape))
+        launches = list(candidates(shape, units))
         random.Random(0).shuffle(launches)  # noqa: S311 - some of many, the same each time
         launches = launches[: options.most]
         workers = options.processes
@@ -133,12 +135,10 @@ def _compile(work: tuple[Shape, list[Launch]]) -> None:
 
 def _line(entry: Tuned) -> str:
     shape, launch = entry.shape, entry.launch
-    how = (
-        "not by our kernel"
-        if launch.other
-        else f"rows {launch.rows} tokens {launch.tokens} split {launch.split} turn {launch.turn} "
-        f"stages {launch.stages} warps {launch.warps}{' early' if launch.early else ''}"
-    )
+    how = "not by our kernel"
+    if not launch.other:
+        told = {name: value for name, value in asdict(launch).items() if value}
+        how = " ".join(f"{name} {value}" for name, value in told.items())
     return (
         f"{shape.rows}x{shape.columns} {shape.kernel} {shape.codes}/{shape.group} {shape.tokens} "
         f"tokens: {entry.time_us:.1f} us, dense {entry.dense_us:.1f}, "

@@ -4,7 +4,7 @@ Shape suffixes: O = out_features, I = in_features, T = tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -41,8 +41,8 @@ class Subject:
     bytes: Callable[[Any], int]  # of a weight's codes
 
 
-def candidates(shape: Shape) -> Iterator[Launch]:
-    """Launches worth a try: those that fit a multiprocessor and give all of them work."""
+def candidates(shape: Shape, units: int) -> Iterator[Launch]:
+    """Launches worth a try on so many multiprocessors: they fit one, and give all of them work."""
     if shape.tokens >= 128:
         yield OTHER
     if shape.kernel == "weight_only" and shape.tokens > 2048:
@@ -72,6 +72,9 @@ def candidates(shape: Shape) -> Iterator[Launch]:
             )
             if _sensible(launch, shape):
                 yield launch
+            if shape.kernel == "weight_only" and deep == split == 1 and tokens > 16:
+                for each, registers in product((1, 2, 3), (0, 128)):
+                    yield replace(launch, programs=each * units, registers=registers)
 
 
 def _sensible(launch: Launch, shape: Shape) -> bool:

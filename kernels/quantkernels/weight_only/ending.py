@@ -27,7 +27,7 @@ def finish(
     """Where a tile has several spans, the last program to come adds them up, in their order."""
     held = (token < tokens)[None, :] & (row < rows)[:, None]
     if SPLIT == 1:
-        _store(out_ptr, bias_ptr, sums * row_scale, row, token, rows, held, BIAS)
+        store(out_ptr, bias_ptr, sums * row_scale, row, token, rows, held, BIAS)
     else:
         at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         parts_ptr += tl.cast(tile, tl.int64) * (ROWS * TOKENS)
@@ -40,11 +40,11 @@ def finish(
             for other in tl.static_range(SPLIT):
                 of = parts_ptr + other * stride + at
                 whole += tl.load(of, mask=held, other=0.0, cache_modifier=".cg")
-            _store(out_ptr, bias_ptr, whole * row_scale, row, token, rows, held, BIAS)
+            store(out_ptr, bias_ptr, whole * row_scale, row, token, rows, held, BIAS)
 
 
 @triton.jit
-def _store(out_ptr, bias_ptr, sums, row, token, rows, held, BIAS: tl.constexpr):
+def store(out_ptr, bias_ptr, sums, row, token, rows, held, BIAS: tl.constexpr):
     if BIAS:
         sums += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     at = tl.cast(token, tl.int64)[None, :] * rows + row[:, None]
