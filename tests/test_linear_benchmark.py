@@ -50,9 +50,17 @@ def test_every_kernel_of_a_cpu_is_held_to_float64_and_timed(
     drawn = ET.fromstring(picture.read_bytes())
     assert len(drawn.findall(f"{SVG}g[@class='lines']/{SVG}polyline")) == len(labels)
 
-    linear_gpu.main([*CPU, "--shapes", "32x64", "--kernels", "ours int8", *told[:2]])
-    shapes = json.loads(out.read_text())["shapes"]
-    assert [(shape["rows"], len(shape["records"])) for shape in shapes] == [(64, 20), (32, 6)]
+
+def test_a_run_comes_in_pieces_that_are_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    for shape, tokens in (("64x128", "12"), ("32x64", "1"), ("64x128", "23")):
+        told = [*CPU, "--shapes", shape, "--kernels", "ours int8", "--json", str(out)]
+        linear_gpu.main([*told, "--tokens", *tokens])
+    first, second = json.loads(out.read_text())["shapes"]
+    assert (first["rows"], second["rows"]) == (64, 32)
+    assert [row["tokens"] for row in first["records"]] == [1] * 3 + [2] * 3 + [3] * 3
+    assert [run["tokens"] for run in first["runs"]] == [[2, 3], [1]]
+    assert [row["tokens"] for row in second["records"]] == [1] * 3
 
 
 @pytest.mark.parametrize("off", [1.05, float("nan")])
@@ -118,8 +126,8 @@ def document(*ratios: float) -> dict[str, Any]:
         for place, ratio in enumerate(ratios)
     ]
     failed = {"by": "gemlite", "scheme": "int8", "tokens": 1, "failed": "no <&> luck"}
-    shape = {"rows": 64, "columns": 128, "missing": {"torchao": "not here"}}
-    shape["records"] = [*rows, failed]
+    runs = [{"tokens": [1], "missing": {"torchao": "not here"}}]
+    shape = {"rows": 64, "columns": 128, "runs": runs, "records": [*rows, failed]}
     return {"machine": {"device": "one <GPU>", "torch": "2.11"}, "shapes": [shape] * 3}
 
 

@@ -10,8 +10,9 @@ alike; a row is its pass with the lowest median, percentiles and all. Weights ro
 in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the row's: above 1
 is faster.
 
-A peer that is not here is named. What --json holds of other shapes is kept, if the same machine and
-versions made it, so that a long run may come in pieces: each shape is whole in one of them.
+A peer that is not here is named. What --json holds of other shapes and numbers of tokens is kept, if
+the same kind of machine and versions made it, so that a long run may come in pieces: what stands
+under one shape and number of tokens is of one of them.
 --device cpu runs what a CPU can, to try the command.
 """
 
@@ -91,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in options.shapes:
         records = _records(shape, kernels, options)
         _print(shape, records, missing)
-        own = {"rows": shape[0], "columns": shape[1], "ceilings": ceilings, "missing": missing}
-        known[shape] = {**own, "records": records}
+        run = {"tokens": options.tokens, "ceilings": ceilings, "missing": missing}
+        known[shape] = _joined(known.get(shape), shape, run, records)
         if options.json:
             options.json.write_text(_text(machine, known))
         if options.svg:
@@ -239,6 +240,23 @@ def _known(path: Path | None, machine: dict[str, str]) -> dict[tuple[int, int], 
     if document["machine"] != machine:
         raise SystemExit(f"--json: {path} is of {document['machine']}: write another name")
     return {(shape["rows"], shape["columns"]): shape for shape in document["shapes"]}
+
+
+def _joined(
+    before: dict[str, Any] | None,
+    shape: tuple[int, int],
+    run: dict[str, Any],
+    records: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Of each number of tokens the newest run's records, all of them."""
+    runs, kept = [run], list(records)
+    if before is not None:
+        kept += [row for row in before["records"] if row["tokens"] not in run["tokens"]]
+        for other in before["runs"]:
+            if left := [tokens for tokens in other["tokens"] if tokens not in run["tokens"]]:
+                runs.append({**other, "tokens": left})
+    kept.sort(key=lambda row: row["tokens"])
+    return {"rows": shape[0], "columns": shape[1], "runs": runs, "records": kept}
 
 
 def _document(machine: dict[str, str], known: dict[Any, dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Others' kernels for linear_gpu.py, each as its authors say that it is fastest.
 
+    pip install torchao==0.18.0 gemlite==0.6.0.post2
+
 tinygemm is torch's own int4 kernel, which torchao's int4 layouts call. gemlite searches for its
 launches as each number of tokens comes (--gemlite-search max tries more of them); torchao is
 compiled with mode max-autotune, without its graphs, for we capture ours. Marlin and Machete are

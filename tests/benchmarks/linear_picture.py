@@ -151,7 +151,8 @@ def _panel(drawing: Drawing, shape: Data, x: float, top: float, width: float) ->
 
 def _notes(drawing: Drawing, shapes: Sequence[Data], top: float) -> float:
     """What is not drawn, and why. How high that is."""
-    absent = {name: reason for shape in shapes for name, reason in shape["missing"].items()}
+    runs = [run for shape in shapes for run in shape["runs"]]
+    absent = dict.fromkeys(name for run in runs for name in run["missing"])
     amiss = [
         f"{record['by']} {record['scheme']} at {record['tokens']}"
         for shape in shapes
