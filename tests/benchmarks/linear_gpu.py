@@ -10,20 +10,17 @@ alike; a row is its pass with the lowest median, percentiles and all. Weights ro
 in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the row's: above 1
 is faster.
 
-A peer that is not here is named. What --json holds of other shapes and numbers of tokens is kept, if
-the same kind of machine and versions made it, so that a long run may come in pieces: what stands
-under one shape and number of tokens is of one of them.
+A peer that is not here is named. What --json holds of other shapes and numbers of tokens is kept
+(linear_results.py), so that a long run may come in pieces.
 --device cpu runs what a CPU can, to try the command.
 """
 
 import argparse
 import copy
-import json
-import platform
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from quantkernels.tune import SHAPES
 from quantkernels.weight_only.arrivals import forget
 from torch import Tensor
 
+from tests.benchmarks import linear_results as results
 from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
 from tests.benchmarks.linear_peers import MODE, peers
 from tests.benchmarks.linear_picture import draw
@@ -62,12 +60,13 @@ class Row:
         told = {"by": self.kernel.by, "scheme": self.kernel.scheme, "tokens": self.tokens}
         if self.failed:
             return {**told, "failed": self.failed}
-        checked = {**told, "num_bytes": self.num_bytes, "error": self.error}
+        checked = {**told, "num_bytes": self.num_bytes}
         if self.wrong:
-            return {**checked, "wrong": True}
+            return {**checked, "wrong": f"relative error {self.error:.2g}"}
         best = min(self.passes)
         return {
             **checked,
+            "error": self.error,
             "p20_us": round(best.p20_us, 3),
             "p50_us": round(best.p50_us, 3),
             "p80_us": round(best.p80_us, 3),
@@ -80,8 +79,8 @@ class Row:
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    machine = _machine(options.device)
-    known = _known(options.json, machine)
+    machine = results.machine(options.device)
+    known = results.known(options.json, machine)
     kernels, missing = _kernels(options)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for name, reason in missing.items():
@@ -93,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = _records(shape, kernels, options)
         _print(shape, records, missing)
         run = {"tokens": options.tokens, "ceilings": ceilings, "missing": missing}
-        known[shape] = _joined(known.get(shape), shape, run, records)
+        known[shape] = results.joined(known.get(shape), shape, run, records)
         if options.json:
-            options.json.write_text(_text(machine, known))
+            options.json.write_text(results.text(machine, known))
         if options.svg:
-            options.svg.write_bytes(draw(_document(machine, known)))
+            options.svg.write_bytes(draw(results.document(machine, known)))
 
 
 def _records(
@@ -114,43 +113,47 @@ def _records(
         for row in rows:
             if row.replay is not None:
                 row.passes.append(timed(row.replay))
-    bf16_us = {row.tokens: min(row.passes).p50_us for row in rows if row.kernel is BF16}
+    bf16 = [row for row in rows if row.kernel is BF16 and row.passes]
+    bf16_us = {row.tokens: min(row.passes).p50_us for row in bf16}
     for row in rows:
         row.replay = None
     forget()  # no graph is left whose counters these were
-    return [row.document(bf16_us[row.tokens]) for row in rows]
+    return [row.document(bf16_us.get(row.tokens)) for row in rows]
 
 
 def _checked(
     kernel: Kernel, w_OI: Tensor, x_TI: Tensor, options: argparse.Namespace, pool: Any
 ) -> list[Row]:
-    """The kernel's rows, held to float64 and ready to be timed, or what came of it."""
+    """The kernel's rows, held to float64 and ready to be timed, or what came of it.
+
+    Whatever others' code raises, the run goes on, and says so.
+    """
     rows = [Row(kernel, tokens) for tokens in options.tokens]
     what = f"{tuple(w_OI.shape)} {kernel.label}"
     try:
         built = kernel.build(w_OI)
-    except Exception as error:  # others' code: a run goes on without it, and says so
+        count = copies(built.num_bytes, options.device)
+        all_alike = [built.multiply, *(copy.deepcopy(built.multiply) for _ in range(count - 1))]
+    except Exception as error:
         for row in rows:
             row.failed = _reason(error)
         print(f"failed: {what}: {rows[0].failed}", flush=True)
         return rows
     for row in rows:
         row.num_bytes = built.num_bytes
+        x = x_TI[: row.tokens]
         try:
-            row.error = _error(kernel, built, x_TI[: row.tokens])
+            row.error = _error(kernel, built, x)
+            if not row.wrong:
+                calls = [partial(multiply, x) for multiply in all_alike]
+                row.replay = prepared(calls, options.device, pool)
         except Exception as error:
             row.failed = _reason(error)
             print(f"failed: {what}, {row.tokens} tokens: {row.failed}", flush=True)
     errors = [row.error for row in rows if row.error is not None]
     if errors:
-        worst = max(errors, key=lambda error: (error != error, error))  # NaN is the worst
+        worst = max(errors, key=lambda error: (math.isnan(error), error))
         print(f"gate: {what}, relative error {worst:.2g} or less", flush=True)
-    count = copies(built.num_bytes, options.device)
-    others = [copy.deepcopy(built.multiply) for _ in range(count - 1)]
-    for row in rows:
-        if not row.failed and not row.wrong:
-            calls = [partial(each, x_TI[: row.tokens]) for each in (built.multiply, *others)]
-            row.replay = prepared(calls, options.device, pool)
     return rows
 
 
@@ -197,10 +200,11 @@ def _print(
         if "failed" in row:
             print(f"{head}  failed")
         elif "wrong" in row:
-            print(f"{head}  WRONG: relative error {row['error']:.2g}")
+            print(f"{head}  WRONG: {row['wrong']}")
         else:
             times = "".join(f"{row[name]:9.2f}" for name in ("p20_us", "p50_us", "p80_us"))
-            print(f"{head}{times}{row['gb_s']:8.0f}{row['ratio']:8.2f}")
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            print(f"{head}{times}{row['gb_s']:8.0f}{ratio:>8}")
     for name in missing:
         print(f"{'':8}{name:36}  missing")
     print(flush=True)
@@ -220,58 +224,6 @@ def _kernels(options: argparse.Namespace) -> tuple[list[Kernel], dict[str, str]]
         every = ", ".join(kernel.label for kernel in (*ours, *others))
         raise SystemExit(f"--kernels: none has such a name: write a part of one of {every}")
     return [BF16, *wanted], missing
-
-
-def _machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    told = {"device": name, "cuda": torch.version.cuda or "none"}
-    for package in ("torch", "triton", "torchao", "gemlite", "vllm"):
-        try:
-            told[package] = version(package)
-        except PackageNotFoundError:
-            told[package] = "none"
-    return told
-
-
-def _known(path: Path | None, machine: dict[str, str]) -> dict[tuple[int, int], dict[str, Any]]:
-    if path is None or not path.exists():
-        return {}
-    document = json.loads(path.read_text())
-    if document["machine"] != machine:
-        raise SystemExit(f"--json: {path} is of {document['machine']}: write another name")
-    return {(shape["rows"], shape["columns"]): shape for shape in document["shapes"]}
-
-
-def _joined(
-    before: dict[str, Any] | None,
-    shape: tuple[int, int],
-    run: dict[str, Any],
-    records: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Of each number of tokens the newest run's records, all of them."""
-    runs, kept = [run], list(records)
-    if before is not None:
-        kept += [row for row in before["records"] if row["tokens"] not in run["tokens"]]
-        for other in before["runs"]:
-            if left := [tokens for tokens in other["tokens"] if tokens not in run["tokens"]]:
-                runs.append({**other, "tokens": left})
-    kept.sort(key=lambda row: row["tokens"])
-    return {"rows": shape[0], "columns": shape[1], "runs": runs, "records": kept}
-
-
-def _document(machine: dict[str, str], known: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    return {"machine": machine, "shapes": list(known.values())}
-
-
-def _text(machine: dict[str, str], known: dict[Any, dict[str, Any]]) -> str:
-    """JSON, a record a line."""
-    shapes = []
-    for shape in known.values():
-        head = json.dumps({name: value for name, value in shape.items() if name != "records"})
-        lines = ",\n".join(json.dumps(record) for record in shape["records"])
-        shapes.append(f'{head[:-1]}, "records": [\n{lines}\n]}}')
-    body = ",\n".join(shapes)
-    return f'{{"machine": {json.dumps(machine)}, "shapes": [\n{body}\n]}}\n'
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -149,4 +149,4 @@ def served(x_TI: Tensor, how: Served) -> Tensor:
         return (x_TI / scale).round().clamp(-128, 127) * scale
     grid = torch.float8_e4m3fn
     scale = largest / torch.finfo(grid).max
-    return (x_TI / scale).to(grid).double() * scale
+    return (x_TI / scale).float().to(grid).double() * scale
