@@ -37,3 +37,13 @@ def _captured(device: torch.device, count: int) -> Tensor:
         return torch.zeros(max(1, count), dtype=torch.int32, device=device)
     _pool[device] = pool[count:]
     return pool[:count]
+
+
+def forget() -> None:
+    """All counters are free again: for a caller whose captured launches are never replayed again.
+
+    Else a process that captures many graphs and drops them comes to the end of the pool, and the
+    launches that it captures from then on take longer.
+    """
+    _of_stream.clear()
+    _pool.clear()
