@@ -1,5 +1,6 @@
 """Shapes and texts of a picture, in SVG. What is drawn later lies above."""
 
+from collections.abc import Iterable
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -29,6 +30,15 @@ class Drawing:
 
     def upright(self, group: Group, x: float, top: float, bottom: float) -> None:
         _add(group, "line", x1=x, x2=x, y1=top, y2=bottom)
+
+    def curve(
+        self, group: Group, points: Iterable[tuple[float, float]], *, hint: str = "", **looks: Any
+    ) -> None:
+        """Straight from point to point."""
+        told = " ".join(f"{_plain(x)},{_plain(y)}" for x, y in points)
+        curve = _add(group, "polyline", points=told, fill="none", **looks)
+        if hint:
+            _add(curve, "title", hint)
 
     def text(
         self, group: Group, x: float, y: float, text: str, cls: str = "", **looks: Any

@@ -2,7 +2,7 @@
 
 Launches that may run at once must not share any. Those of one stream follow one another and share;
 a launch that is captured into a CUDA graph, which may be replayed on any stream, is given counters
-of its own.
+of its own. They come out of a pool, made while nothing is captured, and again when half is spent.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 _POOL = 1 << 20  # counters made at once for captured launches
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
-_pool: dict[torch.device, Tensor] = {}
+_pools: dict[torch.device, list[Tensor]] = {}  # what is left of each; graphs may use the rest
 
 
 def arrivals(device: torch.device, count: int) -> Tensor:
@@ -20,20 +20,28 @@ def arrivals(device: torch.device, count: int) -> Tensor:
         return torch.zeros(max(1, count), dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return _captured(device, count)
+    pools = _pools.setdefault(device, [])
+    if not pools or len(pools[-1]) < _POOL // 2:
+        pools.append(torch.zeros(_POOL, dtype=torch.int32, device=device))
     key = (device, torch.cuda.current_stream(device).cuda_stream)
     known = _of_stream.get(key)
     if known is None or len(known) < count:
         known = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
         _of_stream[key] = known
-        if device not in _pool:
-            _pool[device] = torch.zeros(_POOL, dtype=torch.int32, device=device)
     return known
 
 
 def _captured(device: torch.device, count: int) -> Tensor:
-    """From the pool; where it is spent, or nothing ran before, zeros that each replay sets."""
-    pool = _pool.get(device)
-    if pool is None or len(pool) < count:
+    """From the latest pool; where it is spent, or nothing ran before, zeros that replays set."""
+    pools = _pools.get(device, [])
+    if not pools or len(pools[-1]) < count:
         return torch.zeros(max(1, count), dtype=torch.int32, device=device)
-    _pool[device] = pool[count:]
-    return pool[:count]
+    own = pools[-1][:count]
+    pools[-1] = pools[-1][count:]
+    return own
+
+
+def forget() -> None:
+    """All counters are free again: for a caller whose captured launches are not replayed again."""
+    _of_stream.clear()
+    _pools.clear()

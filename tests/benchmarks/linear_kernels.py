@@ -1,0 +1,152 @@
+"""The kernels that linear_gpu.py times: what a row of its table is, bfloat16's, and ours.
+
+A row builds a linear from a bfloat16 weight and tells which values that linear now stands for. Ours
+go through the project's own API: nn.Linear whose weight quantize_ has made a QuantizedTensor.
+
+Shape suffixes: T = tokens, O = out_features, I = in_features, G = groups per row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from quantcore.quantize import quantize_
+from quantcore.tensors import Layout, QuantizedTensor
+
+# How a kernel rounds its inputs, for float64 to do the same
+Served = Literal["as they are", "int8, per token", "float8, per token", "float8, per tensor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    multiply: Callable[[Tensor], Tensor]  # copy.deepcopy gives another, elsewhere in memory
+    values_OI: Tensor  # float32: what the codes stand for
+    num_bytes: int  # of codes, scales and zero points
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    by: str
+    scheme: str
+    build: Callable[[Tensor], Built]
+    served: Served = "as they are"
+    devices: tuple[str, ...] = ("cuda",)
+
+    @property
+    def label(self) -> str:
+        return f"{self.by} {self.scheme}"
+
+
+def _bf16(w_OI: Tensor) -> Built:
+    return Built(
+        multiply=partial(product, weight=w_OI.clone()),
+        values_OI=w_OI.float(),
+        num_bytes=num_bytes(w_OI),
+    )
+
+
+def _ours(scheme: str, layout: Layout, **settings: Any) -> Callable[[Tensor], Built]:
+    def build(w_OI: Tensor) -> Built:
+        module = _quantized(w_OI, scheme, layout, **settings)
+        plain = _quantized(w_OI, scheme, Layout.PLAIN, **settings)
+        assert isinstance(module.weight, QuantizedTensor)
+        assert isinstance(plain.weight, QuantizedTensor)
+        return Built(
+            multiply=module,
+            values_OI=plain.weight.read_back(),
+            num_bytes=module.weight.num_bytes(),
+        )
+
+    return build
+
+
+def _quantized(w_OI: Tensor, scheme: str, layout: Layout, **settings: Any) -> nn.Linear:
+    rows, columns = w_OI.shape
+    module = nn.Linear(columns, rows, bias=False, device="meta")
+    module.weight = nn.Parameter(w_OI, requires_grad=False)
+    quantize_(module, scheme, layout=layout, inductor_settings=False, **settings)
+    return module
+
+
+BF16 = Kernel(by="torch", scheme="bf16", build=_bf16, devices=("cuda", "cpu"))
+
+_our = partial(Kernel, by="ours", devices=("cuda", "cpu"))
+_TILED, _PLAIN = Layout.TRITON_TILED, Layout.PLAIN
+OURS = [
+    _our(scheme="int4 g128", build=_ours("int4", _TILED, group_size=128)),
+    _our(scheme="int4 g64", build=_ours("int4", _TILED, group_size=64)),
+    _our(scheme="int8", build=_ours("int8", _TILED)),
+    _our(scheme="float8", build=_ours("float8", _TILED)),
+    _our(
+        scheme="int8 dynamic",
+        build=_ours("int8_dynamic", _PLAIN),
+        served="int8, per token",
+    ),
+    _our(
+        scheme="float8 dynamic row",
+        build=_ours("float8_dynamic", _PLAIN, group_size="channel"),
+        served="float8, per token",
+    ),
+    _our(
+        scheme="float8 dynamic tensor",
+        build=_ours("float8_dynamic", _PLAIN, group_size="tensor"),
+        served="float8, per tensor",
+    ),
+]
+
+
+def product(x_TI: Tensor, weight: Any) -> Tensor:
+    return linear(x_TI, weight)
+
+
+@cache
+def compiled_product(mode: str) -> Callable[[Tensor, Any], Tensor]:
+    """For every weight of a kind and number of tokens a program of its own: none is left eager."""
+    torch._dynamo.config.recompile_limit = 1 << 20
+    torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    return torch.compile(product, mode=mode, dynamic=False, fullgraph=True)
+
+
+def compiled(x_TI: Tensor, weight: Any, mode: str) -> Tensor:
+    return compiled_product(mode)(x_TI, weight)
+
+
+def under_compile(kernel: Kernel, mode: str) -> Kernel:
+    """The same row, its product compiled: what is around torch's own kernels is fused."""
+
+    def build(w_OI: Tensor) -> Built:
+        built = kernel.build(w_OI)
+        assert isinstance(built.multiply, nn.Linear)
+        multiply = partial(compiled, weight=built.multiply.weight, mode=mode)
+        return Built(multiply=multiply, values_OI=built.values_OI, num_bytes=built.num_bytes)
+
+    return Kernel(
+        by="ours compiled",
+        scheme=kernel.scheme,
+        build=build,
+        served=kernel.served,
+        devices=kernel.devices,
+    )
+
+
+def num_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def served(x_TI: Tensor, how: Served) -> Tensor:
+    """Inputs, float64, rounded as a kernel rounds them."""
+    x_TI = x_TI.double()
+    if how == "as they are":
+        return x_TI
+    largest = x_TI.abs().amax(-1, keepdim=True) if "token" in how else x_TI.abs().amax()
+    if how == "int8, per token":  # max|x| over half of 255 steps
+        scale = largest * 2 / 255
+        return (x_TI / scale).round().clamp(-128, 127) * scale
+    grid = torch.float8_e4m3fn
+    scale = largest / torch.finfo(grid).max
+    return (x_TI / scale).float().to(grid).double() * scale
