@@ -4,7 +4,7 @@ A symmetric integer grid spreads max|x| over 2**bits - 1 steps, as for weights (
 with a zero point spreads the extremes, 0 among them; a float8 grid carries max|x| to its largest
 value. A dynamic scheme finds its scale while serving: one for every token, or, where weights have
 one scale for a whole tensor, one for all tokens of a call. A static scheme has one, found in
-calibration.
+calibration. quantkernels/rounding has the formulas, and on a GPU does it in a pass.
 
 Shape suffixes: T = tokens, I = in_features.
 """
@@ -35,7 +35,7 @@ class ServedInputs:
     """Activations on their grid."""
 
     codes_TI: Tensor  # int8; of float8, its bits
-    scale: Tensor  # float32: (T, 1), or of one entry for all
+    scale: Tensor  # float32: (T, 1), or () for all
     zero: Tensor  # the same, in whole numbers
 
     def values(self, activations: Activations) -> Tensor:

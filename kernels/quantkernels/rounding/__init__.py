@@ -9,7 +9,7 @@ The formulas stand at the top of reference.py. Every path gives the same codes a
 bit: a float32 division is IEEE's, and ties go to even. `x_TI` is float32, bfloat16 or float16, of
 any strides, and T stands for any leading dimensions; without tokens the scale of all is 1. Each
 gives codes, contiguous, int8 (of float8 its bits), and scale and zero point (of a symmetric grid,
-0), float32, (T, 1) or of one entry. Nothing waits for a device, and torch.compile and torch.export
+0), float32, (T, 1) or (). Nothing waits for a device, and torch.compile and torch.export
 see operators of their own (operators.py).
 
 What is not finite does not pass for something else: a row with a NaN has NaN for its scale, one
@@ -48,7 +48,10 @@ def by_tensor(x_TI: Tensor, grid: InputGrid) -> Codes:
 
 
 def by_scale(x_TI: Tensor, scale: Tensor, grid: InputGrid) -> Codes:
-    """By a scale of one entry, on x's device, in any float dtype; the grid is symmetric."""
+    """By a scale of one entry, on x's device, in any float dtype; the grid is symmetric.
+
+    Scale and zero point are ().
+    """
     if x_TI.device.type in FUSED_DEVICES:
         found: Codes = operators.by_scale(x_TI, scale, *grid.fields)
         return found

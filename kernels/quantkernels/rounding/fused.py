@@ -58,7 +58,7 @@ def by_scale(x_TI: Tensor, scale: Tensor, grid: InputGrid) -> Three:
     assert scale.numel() == 1 and grid.symmetric
     if not x_TI.numel():
         return reference.by_scale(x_TI, scale, grid)
-    found = outputs(x_TI, scale.shape)
+    found = outputs(x_TI, ())
     _round(x_TI, grid, found, given=scale)
     return found
 
@@ -78,7 +78,7 @@ def norm(
         normed_TI = rms_norm(x_TI, weight_I, eps, form)
         found = by_token(normed_TI, grid) if scale is None else by_scale(normed_TI, scale, grid)
         return *found, normed_TI if keep else kept_TI
-    found = outputs(x_TI, (*x_TI.shape[:-1], 1) if scale is None else scale.shape)
+    found = outputs(x_TI, (*x_TI.shape[:-1], 1) if scale is None else ())
     before = _Norm(weight_I, eps, form, kept_TI if keep else None)
     _round(x_TI, grid, found, given=scale, norm=before)
     return *found, kept_TI

@@ -51,7 +51,7 @@ def by_tensor(x_TI: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_scale(x_TI: Tensor, scale: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
-    scale = scale.to(torch.float32, copy=True)
+    scale = scale.to(torch.float32, copy=True).reshape(())
     zero = torch.zeros_like(scale)
     return nearest(grid.name, x_TI.float(), scale, zero, grid.ends), scale, zero
 
