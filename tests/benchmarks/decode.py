@@ -9,8 +9,8 @@ the replay of one CUDA graph, of torch.compile's code with `--compile`, else of 
 own kernels for norms, rotary embeddings and gated products. Nothing comes to the host in between.
 
     tokens a second   all sequences of the batch; percentiles over repeats of `--tokens` steps
-    GB/s              bytes of all linears, read once a step: the head's count, the embedding's don't
-    size              those bytes
+    GB/s              bytes of all linears, the head's with them, read once a step
+    size              those bytes: the embedding does not count
     peak              the most memory that prefill and decode had
     prefill           one forward of the prompt, causal, into a cache that grows: milliseconds
 
@@ -171,9 +171,8 @@ def measure(
     if kind == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
-    decoder = Decoder(
-        model, len(ids_BT), ids_BT.shape[1] + options.tokens, compiled=options.compile
-    )
+    length = ids_BT.shape[1] + max(options.tokens, GATE_STEPS)
+    decoder = Decoder(model, len(ids_BT), length, compiled=options.compile)
     decoder.capture(ids_BT)
     off = gate(row, model, decoder, ids_BT)
     seconds, continuation = [], []
@@ -360,9 +359,10 @@ def main() -> None:
         recommended_inductor_settings()  # for bfloat16 too, before its first product
     measured = run(rows, make, ids_BT.to(options.device), options, text_ids)
     kind = hardware_kind(options.device)
-    name = options.model.name if options.model else f"{options.shape}, {options.blocks or 'all'}"
+    shape_name = f"{options.shape} ({options.blocks or 'all'} blocks)"
+    name = options.model.name if options.model else shape_name
     how = "compiled" if options.compile else "not compiled"
-    print(f"\n{name} blocks, batch {options.batch}, prompt {options.prompt}, {how}; {kind}\n")
+    print(f"\n{name}, batch {options.batch}, prompt {options.prompt}, {how}; {kind}\n")
     print(table(measured))
     if tokenizer is not None:
         print(f"\n{text_table(measured, tokenizer.decode)}")

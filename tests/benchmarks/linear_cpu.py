@@ -184,11 +184,10 @@ def table(figures: list[Figures]) -> str:
             if other.label == "bf16"
             and (other.rows, other.columns, other.tokens) == (f.rows, f.columns, f.tokens)
         )
+        what = f"{f.rows} x {f.columns} | {f.tokens} | {f.label}"
         times = f"{f.p20_us:.0f} | {f.p50_us:.0f} | {f.p80_us:.0f}"
         rate, ratio = f.weight_bytes / f.p50_us / 1e3, base.p50_us / f.p50_us
-        lines.append(
-            f"| {f.rows} x {f.columns} | {f.tokens} | {f.label} | {times} | {rate:.1f} | {ratio:.2f} |"
-        )
+        lines.append(f"| {what} | {times} | {rate:.1f} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
