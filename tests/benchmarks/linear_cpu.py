@@ -7,6 +7,8 @@ model calls it, eagerly or (with `--compile`) by torch.compile's code. A call is
 over copies of the weight that no cache holds together; percentiles are of chains, divided by their
 length, in the best of three rounds (by the median), whose rows take turns. GB/s counts the bytes
 of the weight as it is stored. `ratio` is to bfloat16's linear of the same mode in the same run.
+Both cores must be free: beside other work a call waits for its second thread, up to the scheduler's
+8 ms, and such rows are worth nothing.
 
 First the gate: each row against float64, of the weight that it reads back as; a miss ends the run.
 Last, what the tensor class itself costs: a linear of 64 by 64 beside the kernel that it calls.
