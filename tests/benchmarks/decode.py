@@ -69,8 +69,8 @@ class Row:
 
 
 # The layout of weight-only schemes on a device
-WEIGHT_ONLY: dict[str, Layout] = {}
-INT4 = {"cpu": Layout.INT4_CPU, "cuda": Layout.TENSOR_CORE_TILED} | WEIGHT_ONLY
+WEIGHT_ONLY = {"cuda": Layout.TRITON_TILED}
+INT4 = {"cpu": Layout.INT4_CPU, **WEIGHT_ONLY}
 ROWS = (
     Row(scheme=None),
     Row(scheme="int4", group_size=64, layouts=INT4),
