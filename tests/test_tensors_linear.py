@@ -105,6 +105,22 @@ def test_inputs_that_need_gradients_pass_through() -> None:
     assert relative(y_TO.detach(), expected(x_TI.detach(), ours, None)) < 2e-6
 
 
+@pytest.mark.parametrize("scheme", FORMS, ids=Scheme.label)
+def test_the_short_way_to_a_product_gives_the_bits_of_the_long_one(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The long one is torch's dispatcher, which is taken where gradients are or autocast is."""
+    ours = linear(scheme, 32, 64)
+    served = module(QuantizedTensor.of(ours, torch.bfloat16), tokens(32, dtype=torch.bfloat16))
+    x_BTI = tokens(2, 5, 64, dtype=torch.bfloat16)
+    long = [served(x_BTI.clone().requires_grad_()).detach()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        long.append(served(x_BTI))
+    monkeypatch.setattr("quantcore.tensors.operators.OPERATORS", {})
+    short = served(x_BTI)
+    assert all(torch.equal(short, y_BTO) for y_BTO in long)
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "width", "dtype", "run"),
     [

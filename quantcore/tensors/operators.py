@@ -233,8 +233,23 @@ def _folded_linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor):
         return torch.nn.functional.linear(x, weight, bias)
     rows_TI = x.reshape(-1, x.shape[-1])
-    y_TO = torch.nn.functional.linear(rows_TI, weight, bias)
+    product = multiply if _at_once(x, weight) else torch.nn.functional.linear
+    y_TO = product(rows_TI, weight, bias)
     return y_TO.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _at_once(x: Tensor, weight: QuantizedTensor) -> bool:
+    """Whether a product needs none of torch's dispatcher: no tracing, no autocast, no gradient.
+
+    There a linear becomes a transposition and a product, and two tensors are made around the
+    weight: 20 microseconds of Python a call, as long as a small layer takes for a token.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or weight.facts.transposed
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _folded_matmul(x: Any, weight: Any) -> Any:
