@@ -7,6 +7,7 @@ For every row of ROWS a model is made anew, its linears are quantized, the outpu
 and one token after the other is taken from it greedily, out of a static cache: on CUDA each step is
 the replay of one CUDA graph, of torch.compile's code with `--compile`, else of the modules with our
 own kernels for norms, rotary embeddings and gated products. Nothing comes to the host in between.
+Linears that are handed one input are joined, bfloat16's too; `--apart` leaves them.
 
     tokens a second   all sequences of the batch; percentiles over repeats of `--tokens` steps
     GB/s              bytes of all linears, the head's with them, read once a step
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from quantcore.errors import QuantizationError
 from quantcore.inductor import recommended_inductor_settings
+from quantcore.joining import Joined, join_linears
 from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
 from quantcore.schemes import SCHEME_KINDS, resolve_scheme
@@ -168,6 +170,8 @@ def measure(
         fuse(model)
     if row.scheme is not None:
         quantize_all(model, row, layout, ids_BT)
+    if not options.apart:
+        join_linears(model)
     if kind == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -252,7 +256,8 @@ def timed(run: Callable[[], object], kind: str) -> float:
 
 
 def linear_bytes(model: nn.Module) -> int:
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    owners = [module for module in model.modules() if isinstance(module, nn.Linear | Joined)]
+    weights = [module.weight for module in owners]
     return sum(w.num_bytes() if isinstance(w, QuantizedTensor) else w.nbytes for w in weights)
 
 
@@ -336,6 +341,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="tokens to decode")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="linears of one input are not joined")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
