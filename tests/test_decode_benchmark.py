@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.benchmarks import decode
 from tests.benchmarks.decode import ROWS, Decoder, Row, measure, random_model, run, table
 
-OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False)
+OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False, apart=False)
 
 
 def made() -> nn.Module:
