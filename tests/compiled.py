@@ -4,6 +4,10 @@ In a process of its own: where tests run without a GPU, Triton interprets.
 """
 
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +35,10 @@ CASES: list[Case] = [
     ("few", "int8", 0, "none", True, {"ROWS": 32, "DEEP": 4, "EVEN": False, "SPLIT": 2}),
     ("few", "int4", 64, "offset", False, {"ROWS": 32, "DEEP": 4, "EARLY": True}),
     ("even", "int4", 128, "none", True, {"TOKENS": 64, "num_warps": 8, "maxnreg": 128}),
+    ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
+    ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
+    ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
+    ("w8a8", "int4", 128, "none", False, {}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -40,6 +48,7 @@ def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
 ) -> dict[str, int]:
     import triton
+    from quantkernels.w8a8 import fused as w8a8
     from quantkernels.weight_only import even, few, fused, many
     from triton.backends.compiler import GPUTarget
 
@@ -50,15 +59,29 @@ def compiled(
         "SPLIT": 1, "TURN": 128, "STAGES": 3, "BITS": BITS[kind], "FLOAT8": kind == "float8",
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
-    } | other  # fmt: skip
+    }  # fmt: skip
+    pointers = POINTERS
+    if name == "w8a8":
+        codes = "*fp8e4nv" if kind == "float8" else "*i8"
+        whole = kind != "float8" and group == 0
+        pointers = POINTERS | {
+            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32", "x_zero_ptr": "*fp32",
+            "sums_ptr": "*fp32", "parts_ptr": "*i32" if whole else "*fp32",
+        }  # fmt: skip
+        constants |= {
+            "TILED": True, "BY_TOKEN": True, "ZERO": zero != "none", "INT4": kind == "int4",
+            "PTX": ptx,
+        }  # fmt: skip
+    constants |= other
     options = {"num_warps": 4} | {k: v for k, v in other.items() if k in ("num_warps", "maxnreg")}
-    kernels = {"many": many.many, "few": few.few, "even": even.even, "_dense": fused._dense}
+    kernels = {"many": many.many, "few": few.few, "even": even.even}
+    kernels |= {"_dense": fused._dense, "w8a8": w8a8._linear}
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         argument: "constexpr"
         if argument in constants
-        else POINTERS.get(argument, "*bf16")
+        else pointers.get(argument, "*bf16")
         if argument.endswith("_ptr")
         else "i32"
         for argument in kernel.arg_names
@@ -66,11 +89,24 @@ def compiled(
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, argument in enumerate(kernel.arg_names)
-        if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T")
+        if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T", "codes_O")
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return {"bytes": len(made.asm["cubin"]), "spilled": made.asm["ptx"].count(".local")}
+    cubin = made.asm["cubin"]
+    return {"bytes": len(cubin), "spilled": spilled(cubin, Path(triton.__path__[0]))}
+
+
+def spilled(cubin: bytes, triton: Path) -> int:
+    """Bytes of a thread's stack, where registers go that are too many."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton / "backends" / "nvidia" / "bin" / "cuobjdump"
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", told.stdout))
 
 
 if __name__ == "__main__":

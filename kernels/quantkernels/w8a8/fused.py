@@ -166,9 +166,12 @@ def _linear(
                 elif GROUP == 0:
                     sums += tl.dot(values, x)  # 128 columns: units sum float8 in fewer bits
                 else:
-                    of_step = tl.dot(values, x, out_dtype=tl.int32)
-                    group = (half * BYTES + step * STEP) // GROUP
-                    sums += of_step.to(tl.float32) * tl.load(group_ptr + group * BLOCK)[:, None]
+                    if (half * BYTES + step * STEP) % GROUP == 0:
+                        of_group = tl.zeros((ROWS, TOKENS), tl.int32)
+                    of_group = tl.dot(values, x, of_group, out_dtype=tl.int32)
+                    if (half * BYTES + step * STEP + STEP) % GROUP == 0:
+                        scale = tl.load(group_ptr + (half * BYTES + step * STEP) // GROUP * BLOCK)
+                        sums += of_group.to(tl.float32) * scale[:, None]
         codes_ptr += onward
         group_ptr += GROUPS * BLOCK
         x_ptr += COLUMNS * x_I
