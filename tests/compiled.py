@@ -4,6 +4,10 @@ In a process of its own: where tests run without a GPU, Triton interprets.
 """
 
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +69,20 @@ def compiled(
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    return {"bytes": len(made.asm["cubin"]), "spilled": made.asm["ptx"].count(".local")}
+    cubin = made.asm["cubin"]
+    return {"bytes": len(cubin), "spilled": spilled(cubin, Path(triton.__path__[0]))}
+
+
+def spilled(cubin: bytes, triton: Path) -> int:
+    """Bytes of a thread's stack, where registers go that are too many."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton / "backends" / "nvidia" / "bin" / "cuobjdump"
+        told = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", told.stdout))
 
 
 if __name__ == "__main__":

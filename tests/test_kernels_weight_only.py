@@ -179,6 +179,21 @@ def test_the_kernel_is_the_formula(
 
 
 @needs_triton
+def test_no_program_reads_past_the_last_tile() -> None:
+    """Rows are padded to 128; a launch for 256 at a time finds but one tile at the end."""
+    from quantkernels.weight_only import fused
+
+    tall = Config(rows=256, tokens=16, split=2, turn=128, stages=2, warps=8)
+    heights = {rows: fused.program_rows(rows, tall) for rows in (1, 128, 130, 256, 300, 512)}
+    assert heights == {1: 128, 128: 128, 130: 256, 256: 256, 300: 128, 512: 256}
+    assert fused.program_rows(300, SMALL) == SMALL.rows
+    weight, w_OI = weight_of("int8", None, "affine", False, 300, 256)
+    x_TI = inputs(3, 256, torch.float16)
+    y_TO = fused.linear(x_TI, weight, None, tall)
+    assert relative(y_TO, x_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
+
+
+@needs_triton
 @pytest.mark.parametrize("form", FORMS[:2] + FORMS[6:8], ids=str)
 def test_odd_widths_and_strides_are_taken(form: tuple[Codes, int | None, str, bool]) -> None:
     """A width that fills no tile; inputs that are columns of something larger, NaN around them."""

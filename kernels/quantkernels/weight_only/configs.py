@@ -8,6 +8,7 @@ is usual. Data of another kernel version are left aside with a warning, and so a
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -70,22 +71,19 @@ class Tuned:
     dense_us: float  # of the same product by a bfloat16 weight
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self.shape), "config": asdict(self.config), **self._times()}
-
-    def _times(self) -> dict[str, float]:
-        return {"time_us": self.time_us, "dense_us": self.dense_us}
+        times = {"time_us": self.time_us, "dense_us": self.dense_us}
+        return {**asdict(self.shape), "config": asdict(self.config), **times}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
         shape = Shape(**{field.name: document[field.name] for field in fields(Shape)})
         if shape.codes not in BITS:
             raise ValueError(f"codes {shape.codes!r}")
-        times = (float(document["time_us"]), float(document["dense_us"]))
         return cls(
             shape=shape,
             config=Config.of(document["config"]),
-            time_us=times[0],
-            dense_us=times[1],
+            time_us=float(document["time_us"]),
+            dense_us=float(document["dense_us"]),
         )
 
 
@@ -134,7 +132,7 @@ def usual(shape: Shape, units: int) -> Config:
 
 def load(gpu: str) -> list[Tuned]:
     """What is known of a GPU: from the folder that the environment names, else as shipped."""
-    return _load(gpu, _folder())
+    return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))
 
 
 @cache
@@ -165,12 +163,6 @@ def parse(text: str) -> list[Tuned]:
 
 def file_name(gpu: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in gpu) + ".json"
-
-
-def _folder() -> str:
-    import os
-
-    return os.environ.get(FOLDER_VARIABLE, "")
 
 
 def _texts(places: Iterable[Any]) -> Iterable[str]:

@@ -39,12 +39,13 @@ def linear(
     tokens, columns = x_TI.shape
     rows = weight.features[0]
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
-    count = triton.cdiv(rows, config.rows) * triton.cdiv(tokens, config.tokens)
+    height = program_rows(rows, config)
+    count = triton.cdiv(rows, height) * triton.cdiv(tokens, config.tokens)
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // config.turn)
     split = min(config.split, turns)
     parts = out_TO
     if split > 1:
-        parts = torch.empty(split, count, config.rows, config.tokens, device=x_TI.device)
+        parts = torch.empty(split, count, height, config.tokens, device=x_TI.device)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
     zero = "none" if weight.zero is None else weight.grid
@@ -67,7 +68,7 @@ def linear(
         bias_O is not None,
         columns % tiles.COLUMNS == 0,
         early,
-        config.rows,
+        height,
         config.tokens,
         split,
         config.turn,
@@ -76,6 +77,12 @@ def linear(
         num_warps=config.warps,
     )
     return out_TO
+
+
+def program_rows(rows: int, config: Config) -> int:
+    """As the launch has them, or those of a tile where more would pass the last one."""
+    padded = triton.cdiv(rows, tiles.ROWS) * tiles.ROWS
+    return config.rows if padded % config.rows == 0 else tiles.ROWS
 
 
 def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:

@@ -29,8 +29,7 @@ Codes = Literal["int4", "int8", "float8"]
 ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
 COLUMNS = 256  # to whose multiples rows are padded
-LONGEST = 128  # group
-GROUPS = (32, 64, 128)  # and multiples of 128, and whole rows
+LONGEST = 128  # group; 32 and 64 are the others
 
 BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
 
