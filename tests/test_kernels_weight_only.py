@@ -18,6 +18,7 @@ from quantkernels.weight_only.tiles import (
     grouping,
     pack_codes,
     pack_groups,
+    program_rows,
     unpack_codes,
     unpack_groups,
 )
@@ -198,6 +199,21 @@ def test_packed_tiles_are_the_references(kind: Codes, shape: tuple[int, int]) ->
 
     codes_OI = codes_of(kind, shape[0], shape[1] + 3).to(DEVICE)[:, 2:-1]
     assert torch.equal(fused.pack_codes(codes_OI, kind), pack_codes(codes_OI, kind))
+
+
+@needs_triton
+def test_no_program_reads_past_the_last_tile() -> None:
+    """Rows are padded to 128; a launch for 256 at a time finds but one tile at the end."""
+    from quantkernels.weight_only import fused
+
+    tall = Launch(rows=256, tokens=16, split=2, turn=128, stages=2, warps=8)
+    heights = {rows: program_rows(rows, tall.rows) for rows in (1, 128, 130, 256, 300, 512)}
+    assert heights == {1: 128, 128: 128, 130: 256, 256: 256, 300: 128, 512: 256}
+    assert program_rows(300, SMALL.rows) == SMALL.rows
+    weight, w_OI = weight_of("int8", None, "affine", False, 300, 256)
+    x_TI = inputs(3, 256, torch.float16)
+    y_TO = fused.linear(x_TI, weight, None, tall)
+    assert relative(y_TO, x_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
 
 
 @needs_triton

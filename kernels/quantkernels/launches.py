@@ -9,6 +9,7 @@ damaged file.
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -83,22 +84,19 @@ class Tuned:
     dense_us: float  # of the same product by a bfloat16 weight
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self.shape), "launch": asdict(self.launch), **self._times()}
-
-    def _times(self) -> dict[str, float]:
-        return {"time_us": self.time_us, "dense_us": self.dense_us}
+        times = {"time_us": self.time_us, "dense_us": self.dense_us}
+        return {**asdict(self.shape), "launch": asdict(self.launch), **times}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
         shape = Shape(**{field.name: document[field.name] for field in fields(Shape)})
         if shape.kernel not in VERSIONS or shape.codes not in get_args(Codes):
             raise ValueError(f"no kernel {shape.kernel!r} for codes {shape.codes!r}")
-        times = (float(document["time_us"]), float(document["dense_us"]))
         return cls(
             shape=shape,
             launch=Launch.of(document["launch"]),
-            time_us=times[0],
-            dense_us=times[1],
+            time_us=float(document["time_us"]),
+            dense_us=float(document["dense_us"]),
         )
 
 
@@ -141,7 +139,7 @@ def usual(shape: Shape, units: int) -> Launch:
 
 def load(gpu: str) -> list[Tuned]:
     """What is known of a GPU: from the folder that the environment names, else as shipped."""
-    return _load(gpu, _folder())
+    return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))
 
 
 @cache
@@ -177,12 +175,6 @@ def parse(text: str) -> list[Tuned]:
 
 def file_name(gpu: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in gpu) + ".json"
-
-
-def _folder() -> str:
-    import os
-
-    return os.environ.get(FOLDER_VARIABLE, "")
 
 
 def _texts(places: Iterable[Any]) -> Iterable[str]:

@@ -17,6 +17,7 @@ from quantkernels.launches import Launch
 from quantkernels.w8a8 import tiles
 from quantkernels.w8a8.tiles import Tiles8
 from quantkernels.weight_only.arrivals import arrivals
+from quantkernels.weight_only.tiles import program_rows
 
 BLOCK = tl.constexpr(tiles.ROWS)
 COLUMNS = tl.constexpr(tiles.COLUMNS)
@@ -37,14 +38,15 @@ def linear(
     rows = weight.features[0]
     device = codes_TI.device
     out_TO = torch.empty(tokens, rows, dtype=dtype, device=device)
-    count = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
+    height = program_rows(rows, launch.rows) if weight.tiled else launch.rows
+    count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
     pieces = triton.cdiv(columns, tiles.COLUMNS)
     split = min(launch.split, pieces)
     whole = weight.kind != "float8" and weight.group == 0
     parts = out_TO
     if split > 1:
         kept = torch.int32 if whole else torch.float32
-        parts = torch.empty(split, count, launch.rows, launch.tokens, dtype=kept, device=device)
+        parts = torch.empty(split, count, height, launch.tokens, dtype=kept, device=device)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
@@ -74,7 +76,7 @@ def linear(
         weight.kind == "int4",
         weight.group,
         ptx,
-        launch.rows,
+        height,
         launch.tokens,
         split,
         launch.stages,

@@ -46,7 +46,8 @@ def linear(
     tokens, columns = x_TI.shape
     rows = weight.features[0]
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
-    count = triton.cdiv(rows, launch.rows) * triton.cdiv(tokens, launch.tokens)
+    height = tiles.program_rows(rows, launch.rows)
+    count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // launch.turn)
     split = min(launch.split, turns)
     kernel, own = _kernel(launch, count, split)
@@ -54,7 +55,7 @@ def linear(
     kept = 2 * programs if launch.programs else programs if split > 1 else 0
     parts = out_TO
     if kept:
-        parts = torch.empty(kept, launch.rows, launch.tokens, device=x_TI.device)
+        parts = torch.empty(kept, height, launch.tokens, device=x_TI.device)
     run = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
     zero = "none" if weight.zero is None else weight.grid
     early = weight.group > 0 and (launch.early or zero == "offset")
@@ -77,7 +78,7 @@ def linear(
         EVEN=columns % (tiles.COLUMNS if launch.deep == 1 else launch.deep * launch.turn) == 0
         and columns % tiles.COLUMNS == 0,
         EARLY=early,
-        ROWS=launch.rows,
+        ROWS=height,
         TOKENS=launch.tokens,
         TURN=launch.turn,
         STAGES=launch.stages,
