@@ -1,10 +1,12 @@
 """Products of codes by codes on CUDA and XPU: the 8-bit schemes that round their inputs.
 
 By our own kernel or by torch's, as quantkernels/w8a8 has it. Integer products are exact, and scaled
-in float32; float8's are summed and scaled in float32. Any shape, any of three floating dtypes.
+in float32. float8's are summed by matrix units, which keep fewer bits than float32: a float32 model
+is multiplied otherwise. Any shape, any of three floating dtypes.
 """
 
 from quantkernels.w8a8 import Tiles8, linear
+from quantkernels.weight_only import FUSED_DTYPES
 from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from quantcore.tensors.weight_only import codes_kind
 
 
 def takes(x_TI: Tensor, weight: QuantizedTensor) -> bool:
+    activations = weight.scheme.activations
+    if activations is not None and isinstance(activations.grid, FloatGrid):
+        return x_TI.dtype in FUSED_DTYPES
     return x_TI.dtype in FLOATS
 
 

@@ -72,9 +72,25 @@ def candidates(shape: Shape, units: int) -> Iterator[Launch]:
             )
             if _sensible(launch, shape):
                 yield launch
-            if shape.kernel == "weight_only" and deep == split == 1 and tokens > 16:
-                for each, registers in product((1, 2, 3), (0, 128)):
-                    yield replace(launch, programs=each * units, registers=registers)
+            if shape.kernel == "weight_only" and deep == split == 1:
+                for each, registers in product((1, 2, 3, 4, 6, 8), (0, 128)):
+                    shared = replace(launch, programs=each * units, registers=registers)
+                    if registers == 0 or tokens > 16:
+                        if _together(shared, shape, each):
+                            yield shared
+
+
+def _together(launch: Launch, shape: Shape, each: int) -> bool:
+    """So many programs of a multiprocessor fit it at once, and are enough to keep it busy."""
+    shares = launch.programs * 4 <= -(-shape.rows // launch.rows) * (shape.columns // launch.turn)
+    return shares and each * _loaded(launch, shape) <= SHARED_BYTES and 4 <= each * launch.warps <= 24
+
+
+def _loaded(launch: Launch, shape: Shape) -> int:
+    """Bytes of shared memory of a program."""
+    wide = launch.turn * launch.deep
+    codes = wide * launch.rows * BITS[shape.codes] // 8
+    return (codes + wide * launch.tokens * INPUT_BYTES[shape.kernel]) * launch.stages
 
 
 def _sensible(launch: Launch, shape: Shape) -> bool:

@@ -1,7 +1,8 @@
 """The product by programs of equal shares: so many turns each, across the borders of tiles.
 
-(Osama et al. 2023, https://arxiv.org/abs/2301.03598.) Of a tile that several programs share, the
-last to come adds up the sums, in the order of the programs.
+(Osama et al. 2023, https://arxiv.org/abs/2301.03598.) A program goes through its turns in one loop,
+so that the next tile's codes are on their way while one tile ends. Of a tile that several programs
+share, the last to come adds up the sums, in the order of the programs.
 """
 
 import triton
@@ -55,84 +56,113 @@ def even(
     own, programs = tl.program_id(0), tl.num_programs(0)
     across = tl.cdiv(tokens, TOKENS)
     units = count * turns
-    unit, end = _first(own, units, programs), _first(own + 1, units, programs)
+    first, last = _first(own, units, programs), _first(own + 1, units, programs)
     word = tl.arange(0, WORDS)
-    while unit < end:
-        tile, first = unit // turns, unit % turns
-        last = min(turns, first + end - unit)
+    inside = tl.arange(0, ROWS)
+    within = tl.arange(0, TOKENS)
+    block = inside // BLOCK * turns  # of this block of rows, or of the next
+    code_of = (block * (PIECES * BLOCK * WORDS) + inside % BLOCK * WORDS)[:, None] + word[None, :]
+    group_of = block * (GROUPS * BLOCK) + inside % BLOCK
+    x_of = word[:, None] * x_I
+    part_of = inside[:, None] * TOKENS + within[None, :]
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for unit in tl.range(first, last, num_stages=STAGES):
+        tile, turn = unit // turns, unit % turns
         top = tile // across * ROWS
-        token = tile % across * TOKENS + tl.arange(0, TOKENS)
+        token = tile % across * TOKENS + within
         here = (token < tokens)[None, :]
-        inside = top % BLOCK + tl.arange(0, ROWS)  # of this block of rows, or of the next
-        start = tl.cast(top // BLOCK, tl.int64) * turns + first
-        block = inside // BLOCK * turns
-        code_at = codes_ptr + start * (PIECES * BLOCK * WORDS)
-        code_at += (block * (PIECES * BLOCK * WORDS) + inside % BLOCK * WORDS)[:, None]
-        code_at += word[None, :]
-        group_at = start * (GROUPS * BLOCK) + block * (GROUPS * BLOCK) + inside % BLOCK
-        scale_at, zero_at = scale_ptr + group_at, zero_ptr + group_at
-        x_at = (
-            x_ptr + tl.cast(token, tl.int64)[None, :] * x_T + (first * TURN + word[:, None]) * x_I
-        )
-        sums = tl.zeros((ROWS, TOKENS), tl.float32)
-        for turn in tl.range(first, last, num_stages=STAGES):
-            for piece in tl.static_range(PIECES):
-                words = tl.load(code_at + piece * (BLOCK * WORDS))
-                for part in tl.static_range(PARTS):
-                    if GROUP == 0:
-                        scale = tl.full((ROWS,), 1.0, tl.float32)
-                        zero = tl.zeros((ROWS,), tl.float32)
-                    elif (piece * PIECE + part * WORDS) % GROUP == 0:
-                        scale = tl.load(scale_at + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
-                        zero = tl.zeros((ROWS,), tl.float32)
-                        if ZERO != "none":
-                            zero = tl.load(
-                                zero_at + (piece * PIECE + part * WORDS) // GROUP * BLOCK
-                            )
-                        if LATE:
-                            of_group = tl.zeros((ROWS, TOKENS), tl.float32)
-                    values = values_of(
-                        words, scale[:, None], zero[:, None], part, EARLY, x_ptr.dtype.element_ty,
-                        BITS, FLOAT8, ZERO, EXCESS, PTX,
-                    )  # fmt: skip
-                    at = x_at + (piece * PIECE + part * WORDS) * x_I
-                    if EVEN:
-                        x = tl.load(at, mask=here, other=0.0)
-                    else:
-                        left = columns - turn * TURN - (piece * PIECE + part * WORDS)
-                        x = tl.load(at, mask=here & (word < left)[:, None], other=0.0)
+        at = tl.cast(top // BLOCK, tl.int64) * turns + turn
+        code_at = codes_ptr + at * (PIECES * BLOCK * WORDS) + top % BLOCK * WORDS + code_of
+        scale_at = scale_ptr + at * (GROUPS * BLOCK) + top % BLOCK + group_of
+        zero_at = zero_ptr + at * (GROUPS * BLOCK) + top % BLOCK + group_of
+        x_at = x_ptr + turn * TURN * x_I + tl.cast(token, tl.int64)[None, :] * x_T + x_of
+        for piece in tl.static_range(PIECES):
+            words = tl.load(code_at + piece * (BLOCK * WORDS))
+            for part in tl.static_range(PARTS):
+                if GROUP == 0:
+                    scale = tl.full((ROWS,), 1.0, tl.float32)
+                    zero = tl.zeros((ROWS,), tl.float32)
+                elif (piece * PIECE + part * WORDS) % GROUP == 0:
+                    scale = tl.load(scale_at + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
+                    zero = tl.zeros((ROWS,), tl.float32)
+                    if ZERO != "none":
+                        zero = tl.load(zero_at + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
                     if LATE:
-                        of_group = tl.dot(values, x, of_group)
-                        if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
-                            sums += of_group * scale[:, None]
-                    else:
-                        sums = tl.dot(values, x, sums)
-            code_at += PIECES * BLOCK * WORDS
-            scale_at += GROUPS * BLOCK
-            zero_at += GROUPS * BLOCK
-            x_at += TURN * x_I
+                        of_group = tl.zeros((ROWS, TOKENS), tl.float32)
+                values = values_of(
+                    words, scale[:, None], zero[:, None], part, EARLY, x_ptr.dtype.element_ty,
+                    BITS, FLOAT8, ZERO, EXCESS, PTX,
+                )  # fmt: skip
+                x_part = x_at + (piece * PIECE + part * WORDS) * x_I
+                if EVEN:
+                    x = tl.load(x_part, mask=here, other=0.0)
+                else:
+                    left = columns - turn * TURN - (piece * PIECE + part * WORDS)
+                    x = tl.load(x_part, mask=here & (word < left)[:, None], other=0.0)
+                if LATE:
+                    of_group = tl.dot(values, x, of_group)
+                    if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
+                        sums += of_group * scale[:, None]
+                else:
+                    sums = tl.dot(values, x, sums)
+        if turn == turns - 1 or unit == last - 1:
+            row = top + inside
+            held = here & (row < rows)[:, None]
+            if unit - first >= turn and turn == turns - 1:
+                row_scale = tl.load(scale_ptr + row)[:, None] if GROUP == 0 else 1.0
+                store(out_ptr, bias_ptr, sums * row_scale, row, token, rows, held, BIAS)
+            else:
+                slot = tl.cast(2 * own + (unit - first >= turn).to(tl.int32), tl.int64)
+                tl.store(parts_ptr + slot * (ROWS * TOKENS) + part_of, sums, mask=held)
+            sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    if first % turns > 0 or last - first < turns:
+        _arrive(
+            out_ptr, bias_ptr, scale_ptr, parts_ptr, arrivals_ptr, first // turns, turns, units,
+            programs, across, rows, tokens, BIAS, GROUP, ROWS, TOKENS,
+        )  # fmt: skip
+    if last % turns > 0 and first // turns < last // turns:
+        _arrive(
+            out_ptr, bias_ptr, scale_ptr, parts_ptr, arrivals_ptr, last // turns, turns, units,
+            programs, across, rows, tokens, BIAS, GROUP, ROWS, TOKENS,
+        )  # fmt: skip
 
-        row = top + tl.arange(0, ROWS)
-        held = here & (row < rows)[:, None]
+
+@triton.jit
+def _arrive(
+    out_ptr,
+    bias_ptr,
+    scale_ptr,
+    parts_ptr,
+    arrivals_ptr,
+    tile,
+    turns,
+    units,
+    programs,
+    across,
+    rows,
+    tokens,
+    BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Says that this program's sums of a shared tile are written; the last one adds all up."""
+    tl.debug_barrier()  # they are, by all of its threads
+    opener = _owner(tile * turns, units, programs)
+    closer = _owner(tile * turns + turns - 1, units, programs)
+    if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == closer - opener:
+        tl.store(arrivals_ptr + tile, 0)
+        row = tile // across * ROWS + tl.arange(0, ROWS)
+        token = tile % across * TOKENS + tl.arange(0, TOKENS)
+        held = (token < tokens)[None, :] & (row < rows)[:, None]
+        at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        whole = tl.zeros((ROWS, TOKENS), tl.float32)
+        for other in tl.range(opener, closer + 1, num_stages=1, loop_unroll_factor=1):
+            slot = tl.cast(2 * other + (other == opener).to(tl.int32), tl.int64)
+            of = parts_ptr + slot * (ROWS * TOKENS) + at
+            whole += tl.load(of, mask=held, other=0.0, cache_modifier=".cg")
         row_scale = tl.load(scale_ptr + row)[:, None] if GROUP == 0 else 1.0
-        if last - first == turns:
-            store(out_ptr, bias_ptr, sums * row_scale, row, token, rows, held, BIAS)
-        else:
-            at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-            slot = tl.cast(2 * own + (first == 0).to(tl.int32), tl.int64)
-            tl.store(parts_ptr + slot * (ROWS * TOKENS) + at, sums, mask=held)
-            tl.debug_barrier()  # all of this program's sums are written before it says so
-            opener = _owner(tile * turns, units, programs)
-            closer = _owner(tile * turns + turns - 1, units, programs)
-            if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == closer - opener:
-                tl.store(arrivals_ptr + tile, 0)
-                whole = tl.zeros((ROWS, TOKENS), tl.float32)
-                for other in tl.range(opener, closer + 1, num_stages=1, loop_unroll_factor=1):
-                    slot = tl.cast(2 * other + (other == opener).to(tl.int32), tl.int64)
-                    of = parts_ptr + slot * (ROWS * TOKENS) + at
-                    whole += tl.load(of, mask=held, other=0.0, cache_modifier=".cg")
-                store(out_ptr, bias_ptr, whole * row_scale, row, token, rows, held, BIAS)
-        unit += last - first
+        store(out_ptr, bias_ptr, whole * row_scale, row, token, rows, held, BIAS)
 
 
 @triton.jit
