@@ -24,17 +24,14 @@ POINTERS = {
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
 # kernel, codes, size of a group, zero point, PTX or plain operations, other constants
 CASES: list[Case] = [
-    ("many", "int4", 128, "none", True, {}),
-    ("many", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
-    ("many", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
-    ("many", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
-    ("many", "float8", 0, "none", True, {"EVEN": False}),
-    ("many", "int4", 32, "affine", False, {"SPLIT": 2}),
-    ("many", "float8", 0, "none", False, {}),
-    ("few", "int4", 128, "none", True, {"ROWS": 32, "TOKENS": 8, "DEEP": 8, "num_warps": 8}),
-    ("few", "int8", 0, "none", True, {"ROWS": 32, "DEEP": 4, "EVEN": False, "SPLIT": 2}),
-    ("few", "int4", 64, "offset", False, {"ROWS": 32, "DEEP": 4, "EARLY": True}),
-    ("even", "int4", 128, "none", True, {"TOKENS": 64, "num_warps": 8, "maxnreg": 128}),
+    ("product", "int4", 128, "none", True, {}),
+    ("product", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
+    ("product", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
+    ("product", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "ROWS": 256}),
+    ("product", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
+    ("product", "float8", 0, "none", True, {"EVEN": False}),
+    ("product", "int4", 32, "affine", False, {"SPLIT": 2}),
+    ("product", "float8", 0, "none", False, {}),
     ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
     ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
     ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
@@ -46,10 +43,10 @@ CASES: list[Case] = [
 
 def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
-) -> dict[str, int]:
+) -> dict[str, int | bool]:
     import triton
     from quantkernels.w8a8 import fused as w8a8
-    from quantkernels.weight_only import even, few, fused, many
+    from quantkernels.weight_only import fused, product
     from triton.backends.compiler import GPUTarget
 
     dtype = torch.bfloat16
@@ -73,9 +70,8 @@ def compiled(
             "PTX": ptx,
         }  # fmt: skip
     constants |= other
-    options = {"num_warps": 4} | {k: v for k, v in other.items() if k in ("num_warps", "maxnreg")}
-    kernels = {"many": many.many, "few": few.few, "even": even.even}
-    kernels |= {"_dense": fused._dense, "w8a8": w8a8._linear}
+    options = {"num_warps": other.get("num_warps", 4)}
+    kernels = {"product": product.product, "_dense": fused._dense, "w8a8": w8a8._linear}
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
@@ -93,20 +89,34 @@ def compiled(
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     cubin = made.asm["cubin"]
-    return {"bytes": len(cubin), "spilled": spilled(cubin, Path(triton.__path__[0]))}
+    return {
+        "bytes": len(cubin),
+        "spilled": spilled(cubin, tools),
+        "serialized": serialized(cubin, tools),
+    }
 
 
-def spilled(cubin: bytes, triton: Path) -> int:
+def spilled(cubin: bytes, tools: Path) -> int:
     """Bytes of a thread's stack, where registers go that are too many."""
+    told = _told([tools / "cuobjdump", "-res-usage"], cubin)
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", told))
+
+
+def serialized(cubin: bytes, tools: Path) -> bool:
+    """Whether the assembler has every instruction of a matrix unit waited for, which it may."""
+    told = _told([tools / "nvdisasm"], cubin)
+    products, waits = told.count("HGMMA."), told.count("WARPGROUP.DEPBAR")
+    return products > 0 and waits >= products
+
+
+def _told(command: list[str | Path], cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton / "backends" / "nvidia" / "bin" / "cuobjdump"
-        told = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return max(int(found) for found in re.findall(r"STACK:(\d+)", told.stdout))
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -36,9 +36,6 @@ class Launch:
     turn: int  # columns that are loaded at once: 128 or 256
     stages: int
     warps: int
-    deep: int = 1  # weight_only: tiles side by side in the columns, for a few tokens
-    programs: int = 0  # weight_only: so many, of equal shares; else one for a tile and span
-    registers: int = 0  # at most, for a thread; 0: as the compiler likes
     early: bool = False  # weight_only: whether values are scaled, and not sums
     other: bool = False  # by no kernel of ours: the rest has no meaning
 
@@ -50,10 +47,6 @@ class Launch:
             and self.turn in (128, 256)
             and 1 <= self.stages <= 8
             and self.warps in (1, 2, 4, 8, 16)
-            and self.deep in (1, 2, 4, 8, 16)
-            and (self.deep == 1 or (self.rows <= 128 and not self.programs))
-            and 0 <= self.programs <= 4096
-            and (self.registers == 0 or 32 <= self.registers <= 255)
         )
         if not good:
             raise ValueError(f"a launch that cannot be: {self}")
@@ -201,8 +194,6 @@ def _tokens_apart(one: Shape, other: Shape) -> int:
 def _fitted(nearest: Tuned, shape: Shape) -> Launch:
     """As many programs as the nearest shape's launch had, by another split."""
     launch = nearest.launch
-    if launch.programs:
-        return launch
 
     def tiles_of(rows: int, tokens: int) -> int:
         return -(-rows // launch.rows) * -(-tokens // launch.tokens)

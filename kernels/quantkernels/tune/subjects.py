@@ -4,7 +4,7 @@ Shape suffixes: O = out_features, I = in_features, T = tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -24,10 +24,9 @@ DTYPE = torch.bfloat16
 SHARED_BYTES = 227 << 10  # of a multiprocessor
 TURNS = {"weight_only": (128, 256), "w8a8": (128,)}
 INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
-# rows and warps of a program, for few tokens and for many
+# rows and warps of a program, for few tokens and for more
 FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4))
-DEEP = (1, 2, 4, 8, 16)  # tiles side by side, for few
-MANY = ((128, 4), (128, 8), (256, 8), (256, 16))
+MANY = ((64, 4), (128, 4), (128, 8), (256, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,61 +47,40 @@ def candidates(shape: Shape, units: int) -> Iterator[Launch]:
     if shape.kernel == "weight_only" and shape.tokens > 2048:
         return
     padded = 1 << (shape.tokens - 1).bit_length()
-    widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 512 else (128, 256)
+    widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 256 else (128, 256)
     for tokens in widths:
         heights = FEW if tokens <= 16 else MANY
-        deeps = DEEP if tokens <= 16 and shape.kernel == "weight_only" else (1,)
         stages, splits = (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8, 12, 16)
-        for (rows, warps), deep, turn, stage, split in product(
-            heights, deeps, TURNS[shape.kernel], stages, splits
+        for (rows, warps), turn, stage, split, early in product(
+            heights, TURNS[shape.kernel], stages, splits, _scalings(shape, tokens)
         ):
-            if deep > 1 and (
-                rows > 64 or warps > 2 or warps * deep > 16
-            ):  # a warp or two to a tile
-                continue
             launch = Launch(
                 rows=rows,
                 tokens=tokens,
                 split=split,
                 turn=turn,
                 stages=stage,
-                warps=warps * deep,
-                deep=deep,
-                early=shape.kernel == "weight_only" and shape.group > 0 and tokens > 64,
+                warps=warps,
+                early=early,
             )
             if _sensible(launch, shape):
                 yield launch
-            if shape.kernel == "weight_only" and deep == split == 1:
-                for each, registers in product((1, 2, 3, 4, 6, 8), (0, 128)):
-                    shared = replace(launch, programs=each * units, registers=registers)
-                    if registers == 0 or tokens > 16:
-                        if _together(shared, shape, each):
-                            yield shared
 
 
-def _together(launch: Launch, shape: Shape, each: int) -> bool:
-    """So many programs of a multiprocessor fit it at once, and are enough to keep it busy."""
-    shares = launch.programs * 4 <= -(-shape.rows // launch.rows) * (shape.columns // launch.turn)
-    return shares and each * _loaded(launch, shape) <= SHARED_BYTES and 4 <= each * launch.warps <= 24
-
-
-def _loaded(launch: Launch, shape: Shape) -> int:
-    """Bytes of shared memory of a program."""
-    wide = launch.turn * launch.deep
-    codes = wide * launch.rows * BITS[shape.codes] // 8
-    return (codes + wide * launch.tokens * INPUT_BYTES[shape.kernel]) * launch.stages
+def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
+    """Whether to scale values, or sums, which are the fewer where tokens are few."""
+    if shape.kernel != "weight_only" or shape.group == 0 or tokens < 32:
+        return (False,)
+    return (False, True) if tokens <= 64 else (True,)
 
 
 def _sensible(launch: Launch, shape: Shape) -> bool:
-    wide = launch.turn * launch.deep
-    codes = wide * launch.rows * BITS[shape.codes] // 8
-    loaded = (codes + wide * launch.tokens * INPUT_BYTES[shape.kernel]) * launch.stages
+    codes = launch.turn * launch.rows * BITS[shape.codes] // 8
+    inputs = launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]
     programs = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens) * launch.split
-    warps = programs * launch.warps
-    fills = 120 <= programs <= 1000 or (launch.split == 1 and programs > 1000)
-    if launch.deep > 1:
-        fills = fills and warps >= 600 and launch.split <= 4
-    return loaded <= SHARED_BYTES and wide * launch.split <= shape.columns and fills
+    fills = 100 <= programs <= 1000 or (launch.split == 1 and programs > 1000)
+    fits = (codes + inputs) * launch.stages <= SHARED_BYTES
+    return fits and fills and launch.turn * launch.split <= shape.columns
 
 
 def _codes(shape: Shape, device: str) -> Tensor:

@@ -2,8 +2,7 @@
 
 A program owns some rows of the weight, some tokens and a span of the columns. The weight is the
 left operand of its products, so that unpacked values never leave the registers; x is the right one.
-All its warps go through the columns together (`many.py`) or, for a few tokens, side by side
-(`few.py`); or programs have equal shares of all tiles (`even.py`).
+`product.py` is its kernel.
 A group's scale multiplies its sums in float32 ("late") or, where many tokens would make that dear,
 its values in x's dtype before ("early"). Where a tile's columns are split into spans, every program
 writes its float32 sums, and the last to come adds them up in the order of the spans: the same bits
@@ -14,7 +13,6 @@ are padded in the tiles, tokens and columns are masked.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -24,9 +22,7 @@ from torch import Tensor
 from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
-from quantkernels.weight_only.even import even
-from quantkernels.weight_only.few import few
-from quantkernels.weight_only.many import many
+from quantkernels.weight_only.product import product
 from quantkernels.weight_only.tiles import Tiles
 from quantkernels.weight_only.unpack import excess, unpacking
 from quantkernels.weight_only.values import values_of
@@ -50,13 +46,11 @@ def linear(
     count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // launch.turn)
     split = min(launch.split, turns)
-    kernel, own = _kernel(launch, count, split)
-    programs = min(launch.programs, count * turns) or count * split
-    kept = 2 * programs if launch.programs else programs if split > 1 else 0
     parts = out_TO
-    if kept:
-        parts = torch.empty(kept, height, launch.tokens, device=x_TI.device)
-    run = partial(kernel.warmup, grid=(programs,)) if compile_only else kernel[(programs,)]
+    if split > 1:
+        parts = torch.empty(split, count, height, launch.tokens, device=x_TI.device)
+    grid = (count * split,)
+    run = partial(product.warmup, grid=grid) if compile_only else product[grid]
     zero = "none" if weight.zero is None else weight.grid
     early = weight.group > 0 and (launch.early or zero == "offset")
     run(
@@ -67,7 +61,7 @@ def linear(
         x_TI if bias_O is None else bias_O,
         out_TO,
         parts,
-        arrivals(x_TI.device, count if kept else 0),
+        arrivals(x_TI.device, count if split > 1 else 0),
         tokens,
         rows,
         columns,
@@ -75,28 +69,17 @@ def linear(
         x_TI.stride(0),
         x_TI.stride(1),
         BIAS=bias_O is not None,
-        EVEN=columns % (tiles.COLUMNS if launch.deep == 1 else launch.deep * launch.turn) == 0
-        and columns % tiles.COLUMNS == 0,
+        EVEN=columns % tiles.COLUMNS == 0,
         EARLY=early,
         ROWS=height,
         TOKENS=launch.tokens,
         TURN=launch.turn,
+        SPLIT=split,
         STAGES=launch.stages,
-        **own,
         **_codes(weight, x_TI.dtype, x_TI.device, scaled=early),
         num_warps=launch.warps,
     )
     return out_TO
-
-
-def _kernel(launch: Launch, count: int, split: int) -> tuple[Any, dict[str, int]]:
-    """The one to launch, and what it takes beside what all take."""
-    registers = {"maxnreg": launch.registers} if launch.registers else {}
-    if launch.programs:
-        return even, {"count": count, **registers}
-    if launch.deep > 1:
-        return few, {"DEEP": launch.deep, "SPLIT": split, **registers}
-    return many, {"SPLIT": split, **registers}
 
 
 def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:

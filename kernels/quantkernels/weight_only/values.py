@@ -38,6 +38,19 @@ def values_of(
 
 
 @triton.jit
+def settled(sums, PTX: tl.constexpr):
+    """The sums, which a matrix unit has finished.
+
+    Without it Triton lets a loop's last product run into the next turn, where its left operand is
+    made, and ptxas, which finds registers at risk, waits after each single instruction (C7515).
+    """
+    if len(PTX) == 0:
+        return sums
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [sums], tl.float32, True, 1)
+
+
+@triton.jit
 def _plain_values(
     words,
     scale,

@@ -1,18 +1,18 @@
-"""The product for more than a few tokens: one tile of the weight after the other, by all warps."""
+"""The product's kernel: one tile of the weight after the other, by all warps of a program."""
 
 import triton
 import triton.language as tl
 
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.ending import finish
-from quantkernels.weight_only.values import values_of
+from quantkernels.weight_only.values import settled, values_of
 
 BLOCK = tl.constexpr(tiles.ROWS)
 WORDS = tl.constexpr(tiles.WORDS)
 
 
 @triton.jit
-def many(
+def product(
     x_ptr,
     codes_ptr,
     scale_ptr,
@@ -98,7 +98,7 @@ def many(
                     if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
                         sums += of_group * scale[:, None]
                 else:
-                    sums = tl.dot(values, x, sums)
+                    sums = settled(tl.dot(values, x, sums), PTX)
         codes_ptr += PIECES * BLOCK * WORDS
         scale_ptr += GROUPS * BLOCK
         zero_ptr += GROUPS * BLOCK
