@@ -5,7 +5,7 @@ import triton.language as tl
 
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.ending import finish
-from quantkernels.weight_only.values import settled, values_of
+from quantkernels.weight_only.values import joined, settled, values_of
 
 BLOCK = tl.constexpr(tiles.ROWS)
 WORDS = tl.constexpr(tiles.WORDS)
@@ -47,6 +47,8 @@ def product(
     PIECES: tl.constexpr = TURN // PIECE
     GROUPS: tl.constexpr = TURN // GROUP if GROUP > 0 else 0
     LATE: tl.constexpr = GROUP > 0 and not EARLY
+    LONG: tl.constexpr = GROUP if LATE and GROUP < PIECE else PIECE
+    WIDE: tl.constexpr = LONG if TOKENS > 16 else WORDS  # columns that are multiplied at once
 
     own = tl.program_id(0)
     count = tl.num_programs(0) // SPLIT
@@ -55,8 +57,8 @@ def product(
     across = tl.cdiv(tokens, TOKENS)
     top = tile // across * ROWS
     token = tile % across * TOKENS + tl.arange(0, TOKENS)
-    here = (token < tokens)[None, :]
-    word = tl.arange(0, WORDS)
+    asked = (token < tokens)[None, :]
+    word, column = tl.arange(0, WORDS), tl.arange(0, WIDE)
     inside = top % BLOCK + tl.arange(0, ROWS)  # of this block of rows, or of the next
     start = tl.cast(top // BLOCK, tl.int64) * turns + first
     block = inside // BLOCK * turns
@@ -67,11 +69,12 @@ def product(
     group_at = start * (GROUPS * BLOCK) + block * (GROUPS * BLOCK) + inside % BLOCK
     scale_ptr += group_at
     zero_ptr += group_at
-    x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * TURN + word[:, None]) * x_I
+    x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * TURN + column[:, None]) * x_I
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for turn in tl.range(first, last, num_stages=STAGES):
         for piece in tl.static_range(PIECES):
             words = tl.load(codes_ptr + piece * (BLOCK * WORDS))
+            parts = ()
             for part in tl.static_range(PARTS):
                 if GROUP == 0:
                     scale = tl.full((ROWS,), 1.0, tl.float32)
@@ -87,18 +90,21 @@ def product(
                     words, scale[:, None], zero[:, None], part, EARLY, x_ptr.dtype.element_ty,
                     BITS, FLOAT8, ZERO, EXCESS, PTX,
                 )  # fmt: skip
-                at = x_ptr + (piece * PIECE + part * WORDS) * x_I
-                if EVEN:
-                    x = tl.load(at, mask=here, other=0.0)
-                else:
-                    left = columns - turn * TURN - (piece * PIECE + part * WORDS)
-                    x = tl.load(at, mask=here & (word < left)[:, None], other=0.0)
-                if LATE:
-                    of_group = tl.dot(values, x, of_group)
-                    if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
-                        sums += of_group * scale[:, None]
-                else:
-                    sums = settled(tl.dot(values, x, sums), PTX)
+                parts = parts + (values,)
+                if (part * WORDS + WORDS) % WIDE == 0:
+                    at = x_ptr + (piece * PIECE + part * WORDS + WORDS - WIDE) * x_I
+                    if EVEN:
+                        x = tl.load(at, mask=asked, other=0.0)
+                    else:
+                        left = columns - turn * TURN - (piece * PIECE + part * WORDS + WORDS - WIDE)
+                        x = tl.load(at, mask=asked & (column < left)[:, None], other=0.0)
+                    if LATE:
+                        of_group = settled(tl.dot(joined(parts), x, of_group), PTX)
+                        if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
+                            sums += of_group * scale[:, None]
+                    else:
+                        sums = settled(tl.dot(joined(parts), x, sums), PTX)
+                    parts = ()
         codes_ptr += PIECES * BLOCK * WORDS
         scale_ptr += GROUPS * BLOCK
         zero_ptr += GROUPS * BLOCK

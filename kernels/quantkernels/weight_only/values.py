@@ -38,6 +38,20 @@ def values_of(
 
 
 @triton.jit
+def joined(parts):
+    """One, two or four parts of words side by side: registers are named anew, nothing moves."""
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        pairs = tl.join(parts[0], parts[1]).permute(0, 2, 1)
+        return pairs.reshape(pairs.shape[0], 2 * pairs.shape[2])
+    else:
+        fours = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+        fours = fours.permute(0, 2, 3, 1)
+        return fours.reshape(fours.shape[0], 4 * fours.shape[3])
+
+
+@triton.jit
 def settled(sums, PTX: tl.constexpr):
     """The sums, which a matrix unit has finished.
 
