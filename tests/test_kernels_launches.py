@@ -68,6 +68,14 @@ def test_a_near_shape_keeps_the_number_of_programs(own: Path) -> None:
     assert short.split == 2  # it has no more columns to be split
 
 
+def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) -> None:
+    h100 = launches.SIBLINGS[H200]
+    written(own, H200, [tuned(SHAPE)])
+    written(own, h100, [tuned(SHAPE, OTHER), tuned(replace(SHAPE, tokens=128), OTHER)])
+    assert choose(SHAPE, H200, 132) == LAUNCH
+    assert choose(replace(SHAPE, tokens=128), H200, 132) == OTHER
+
+
 def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
     written(own, "Some GPU", [tuned(SHAPE)])
     many = replace(SHAPE, tokens=200)
@@ -85,7 +93,7 @@ def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
     [
         ("{", "Expecting"),
         ("{}", "versions"),
-        ('{"versions": {"weight_only": 1}, "launches": [{"kernel": "weight_only"}]}', "codes"),
+        ('{"versions": {"weight_only": 2}, "launches": [{"kernel": "weight_only"}]}', "codes"),
     ],
 )
 def test_damaged_data_are_left_aside_with_a_warning(own: Path, text: str, words: str) -> None:

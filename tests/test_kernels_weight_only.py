@@ -165,6 +165,8 @@ LAUNCHES = [
     SMALL,
     Launch(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
     Launch(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
+    Launch(rows=64, tokens=32, split=2, turn=64, stages=2, warps=4),
+    Launch(rows=32, tokens=32, split=1, turn=256, stages=2, warps=4, early=True),
 ]
 
 

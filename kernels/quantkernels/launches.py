@@ -24,7 +24,9 @@ Kernel = Literal["weight_only", "w8a8"]
 Codes = Literal["int4", "int8", "float8"]
 
 # raised whenever a launch that was tuned may no longer be the best, or be one
-VERSIONS: dict[Kernel, int] = {"weight_only": 1, "w8a8": 1}
+VERSIONS: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
+# the same multiprocessors beside another memory: what is not known of one is taken from the other
+SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
 
 
@@ -33,7 +35,7 @@ class Launch:
     rows: int  # of a program: 32, 64, 128 or 256
     tokens: int  # of a program: 8 or more
     split: int  # spans of a row's columns
-    turn: int  # columns that are loaded at once: 128 or 256
+    turn: int  # columns that are loaded at once: 64 for 8-bit codes, 128 or 256
     stages: int
     warps: int
     early: bool = False  # weight_only: whether values are scaled, and not sums
@@ -44,7 +46,7 @@ class Launch:
             self.rows in (32, 64, 128, 256)
             and self.tokens in (8, 16, 32, 64, 128, 256)
             and 1 <= self.split <= 64
-            and self.turn in (128, 256)
+            and self.turn in (64, 128, 256)
             and 1 <= self.stages <= 8
             and self.warps in (1, 2, 4, 8, 16)
         )
@@ -96,17 +98,21 @@ class Tuned:
 @cache
 def choose(shape: Shape, gpu: str, units: int) -> Launch:
     """The launch for a shape, on a GPU by its name and its number of multiprocessors."""
-    known = [
+    known = _known(shape, gpu) or _known(shape, SIBLINGS.get(gpu, ""))
+    if not known:
+        return usual(shape, units)
+    nearest = min(known, key=lambda entry: _distance(entry.shape, shape))
+    return nearest.launch if nearest.launch.other else _fitted(nearest, shape)
+
+
+def _known(shape: Shape, gpu: str) -> list[Tuned]:
+    return [
         entry
         for entry in load(gpu)
         if entry.shape.kernel == shape.kernel
         and entry.shape.codes == shape.codes
         and _tokens_apart(entry.shape, shape) <= 1
     ]
-    if not known:
-        return usual(shape, units)
-    nearest = min(known, key=lambda entry: _distance(entry.shape, shape))
-    return nearest.launch if nearest.launch.other else _fitted(nearest, shape)
 
 
 def usual(shape: Shape, units: int) -> Launch:

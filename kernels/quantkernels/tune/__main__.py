@@ -16,16 +16,19 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any, cast, get_args
 
 import torch
 from torch.nn.functional import linear
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from quantkernels.launches import (
     OTHER,
@@ -97,9 +100,9 @@ def _search(
         random.Random(0).shuffle(launches)  # noqa: S311 - some of many, the same each time
         launches = launches[: options.most]
         workers = options.processes
-        list(pool.map(_compile, [(shape, launches[n::workers]) for n in range(workers)]))
+        work = [(shape, launches[n::workers]) for n in range(workers)]
         best_us, best = float("inf"), OTHER
-        for launch in launches:
+        for launch in chain.from_iterable(pool.map(_compile, work)):
             try:
                 y_TO = subject.run(launch, inputs, weights[0])
                 if not (y_TO - wanted_TO).norm() < MOST_ERROR[kernel] * wanted_TO.norm():
@@ -119,13 +122,18 @@ def _search(
         )
 
 
-def _compile(work: tuple[Shape, list[Launch]]) -> None:
+def _compile(work: tuple[Shape, list[Launch]]) -> list[Launch]:
+    """Those that can be compiled: of some the assembler finds that registers do not suffice."""
     shape, launches = work
+    good: list[Launch] = []
     subject = SUBJECTS[shape.kernel]
     inputs, weight = subject.inputs(shape, "meta"), subject.weight(shape, "meta")
     for launch in launches:
-        if not launch.other:
-            subject.compile(launch, inputs, weight)
+        with suppress(OutOfResources, PTXASError), redirect_stdout(StringIO()):
+            if not launch.other:
+                subject.compile(launch, inputs, weight)
+            good.append(launch)
+    return good
 
 
 def _line(entry: Tuned) -> str:

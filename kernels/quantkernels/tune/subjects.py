@@ -22,11 +22,11 @@ from quantkernels.weight_only.tiles import BITS
 
 DTYPE = torch.bfloat16
 SHARED_BYTES = 227 << 10  # of a multiprocessor
-TURNS = {"weight_only": (128, 256), "w8a8": (128,)}
 INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
-# rows and warps of a program, for few tokens and for more
-FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4))
-MANY = ((64, 4), (128, 4), (128, 8), (256, 8))
+# rows and warps of a program, and stages: for few tokens and for more
+FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)), (3, 4, 5, 6)
+MORE = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 5)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,9 @@ def candidates(shape: Shape, units: int) -> Iterator[Launch]:
     padded = 1 << (shape.tokens - 1).bit_length()
     widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 256 else (128, 256)
     for tokens in widths:
-        heights = FEW if tokens <= 16 else MANY
-        stages, splits = (2, 3, 4, 5, 6), (1, 2, 3, 4, 6, 8, 12, 16)
+        heights, stages = FEW if tokens <= 16 else MORE
         for (rows, warps), turn, stage, split, early in product(
-            heights, TURNS[shape.kernel], stages, splits, _scalings(shape, tokens)
+            heights, _turns(shape, tokens), stages, SPLITS, _scalings(shape, tokens)
         ):
             launch = Launch(
                 rows=rows,
@@ -63,8 +62,16 @@ def candidates(shape: Shape, units: int) -> Iterator[Launch]:
                 warps=warps,
                 early=early,
             )
-            if _sensible(launch, shape):
+            if _sensible(launch, shape, units):
                 yield launch
+
+
+def _turns(shape: Shape, tokens: int) -> tuple[int, ...]:
+    if shape.kernel == "w8a8":
+        return (128,)
+    short = (64,) if BITS[shape.codes] == 8 and shape.group <= 64 and tokens > 16 else ()
+    long = (256,) if tokens <= 64 else ()
+    return *short, 128, *long
 
 
 def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
@@ -74,11 +81,13 @@ def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
     return (False, True) if tokens <= 64 else (True,)
 
 
-def _sensible(launch: Launch, shape: Shape) -> bool:
+def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
     codes = launch.turn * launch.rows * BITS[shape.codes] // 8
     inputs = launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]
-    programs = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens) * launch.split
-    fills = 100 <= programs <= 1000 or (launch.split == 1 and programs > 1000)
+    tiles = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
+    programs = tiles * launch.split
+    # work for three of four multiprocessors; no more spans than give each eight programs
+    fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
     fits = (codes + inputs) * launch.stages <= SHARED_BYTES
     return fits and fills and launch.turn * launch.split <= shape.columns
 

@@ -44,7 +44,9 @@ def linear(
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
     height = tiles.program_rows(rows, launch.rows)
     count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
-    turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // launch.turn)
+    piece = 16 // tiles.BITS[weight.kind] * tiles.WORDS
+    turn = max(launch.turn, piece, weight.group)  # another kind's launch, or another group's
+    turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // turn)
     split = min(launch.split, turns)
     parts = out_TO
     if split > 1:
@@ -73,7 +75,7 @@ def linear(
         EARLY=early,
         ROWS=height,
         TOKENS=launch.tokens,
-        TURN=launch.turn,
+        TURN=turn,
         SPLIT=split,
         STAGES=launch.stages,
         **_codes(weight, x_TI.dtype, x_TI.device, scaled=early),
