@@ -13,39 +13,26 @@ is the file that the package ships.
 import argparse
 import json
 import multiprocessing
-import random
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout, suppress
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from io import StringIO
-from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import Any, cast, get_args
 
 import torch
-from torch.nn.functional import linear
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from quantkernels.launches import (
-    OTHER,
     VERSIONS,
     Codes,
-    Kernel,
-    Launch,
     Shape,
     Tuned,
     file_name,
     parse,
 )
 from quantkernels.tune import SHAPES
-from quantkernels.tune.subjects import SUBJECTS, candidates
-from quantkernels.tune.timing import timed
+from quantkernels.tune.search import Of, compiling, search
 
-Of = tuple[Kernel, Codes, int]  # and the size of a group, 0 for whole rows
 ALL: list[Of] = [
     ("weight_only", "int4", 128),
     ("weight_only", "int4", 64),
@@ -56,9 +43,6 @@ ALL: list[Of] = [
     ("w8a8", "int4", 32),
 ]
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
-CACHE_BYTES = 128 << 20  # more than any cache so far
-# relative, of a product beside that of the values rounded to bfloat16
-MOST_ERROR = {"weight_only": 1e-2, "w8a8": 2e-2}
 
 
 def main() -> None:
@@ -68,72 +52,25 @@ def main() -> None:
     known = parse(out.read_text()) if out.exists() else []
     found: dict[Shape, Tuned] = {entry.shape: entry for entry in known}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for rows, columns in options.shapes:
-            for of in options.of:
-                for entry in _search(pool, rows, columns, of, options):
-                    found[entry.shape] = entry
-                    print(_line(entry), flush=True)  # noqa: T201 - a command
-                out.write_text(_document(gpu, list(found.values())))
+        works = [
+            {
+                shape: compiling(pool, shape, options.most, options.processes)
+                for shape in _shapes(rows, columns, of, options.tokens)
+            }
+            for rows, columns in options.shapes
+            for of in options.of
+        ]
+        for work in works:
+            for entry in search(work):
+                found[entry.shape] = entry
+                print(_line(entry), flush=True)  # noqa: T201 - a command
+            out.write_text(_document(gpu, list(found.values())))
 
 
-def _search(
-    pool: ProcessPoolExecutor, rows: int, columns: int, of: Of, options: argparse.Namespace
-) -> Iterator[Tuned]:
+def _shapes(rows: int, columns: int, of: Of, tokens: Iterable[int]) -> list[Shape]:
     kernel, codes, group = of
-    subject = SUBJECTS[kernel]
-    units = torch.cuda.get_device_properties().multi_processor_count
-    shapes = [
-        Shape(kernel=kernel, codes=codes, group=group, rows=rows, columns=columns, tokens=tokens)
-        for tokens in options.tokens
-    ]
-    weights: list[Any] = [subject.weight(shapes[0], "cuda")]
-    while len(weights) < 2 or len(weights) * subject.bytes(weights[0]) < CACHE_BYTES:
-        weights.append(subject.weight(shapes[0], "cuda"))
-    dense_OI = subject.dense(weights[0])
-    denses = [dense_OI.clone() for _ in range(max(2, CACHE_BYTES // (2 * rows * columns) + 1))]
-    for shape in shapes:
-        inputs = subject.inputs(shape, "cuda")
-        x_TI = subject.served(inputs)
-        dense_us = median(timed([partial(linear, x_TI, dense) for dense in denses]))
-        wanted_TO = linear(x_TI, dense_OI)
-        launches = list(candidates(shape, units))
-        random.Random(0).shuffle(launches)  # noqa: S311 - some of many, the same each time
-        launches = launches[: options.most]
-        workers = options.processes
-        work = [(shape, launches[n::workers]) for n in range(workers)]
-        best_us, best = float("inf"), OTHER
-        for launch in chain.from_iterable(pool.map(_compile, work)):
-            try:
-                y_TO = subject.run(launch, inputs, weights[0])
-                if not (y_TO - wanted_TO).norm() < MOST_ERROR[kernel] * wanted_TO.norm():
-                    raise SystemExit(f"wrong: {launch} of {shape}")
-                calls = [partial(subject.run, launch, inputs, weight) for weight in weights]
-                time_us = median(timed(calls, 5))
-            except OutOfResources:  # more than a multiprocessor has
-                continue
-            if time_us < best_us:
-                best_us, best = time_us, launch
-        calls = [partial(subject.run, best, inputs, weight) for weight in weights]
-        yield Tuned(
-            shape=shape,
-            launch=best,
-            time_us=round(median(timed(calls)), 2),
-            dense_us=round(dense_us, 2),
-        )
-
-
-def _compile(work: tuple[Shape, list[Launch]]) -> list[Launch]:
-    """Those that can be compiled: of some the assembler finds that registers do not suffice."""
-    shape, launches = work
-    good: list[Launch] = []
-    subject = SUBJECTS[shape.kernel]
-    inputs, weight = subject.inputs(shape, "meta"), subject.weight(shape, "meta")
-    for launch in launches:
-        with suppress(OutOfResources, PTXASError), redirect_stdout(StringIO()):
-            if not launch.other:
-                subject.compile(launch, inputs, weight)
-            good.append(launch)
-    return good
+    one = Shape(kernel=kernel, codes=codes, group=group, rows=rows, columns=columns, tokens=1)
+    return [replace(one, tokens=count) for count in tokens]
 
 
 def _line(entry: Tuned) -> str:
