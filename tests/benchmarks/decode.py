@@ -70,21 +70,21 @@ class Row:
         return resolve_scheme(self.scheme, self.group_size).label() if self.scheme else "bf16"
 
 
-# The layout of weight-only schemes on a device
-WEIGHT_ONLY = {"cuda": Layout.TRITON_TILED}
-INT4 = {"cpu": Layout.INT4_CPU, **WEIGHT_ONLY}
+# The layout of schemes whose kernels of ours read tiles, by device
+TILED = {"cuda": Layout.TRITON_TILED}
+INT4 = {"cpu": Layout.INT4_CPU, **TILED}
 ROWS = (
     Row(scheme=None),
     Row(scheme="int4", group_size=64, layouts=INT4),
     Row(scheme="int4", group_size=128, layouts=INT4),
-    Row(scheme="int8", layouts=WEIGHT_ONLY),
-    Row(scheme="float8", layouts=WEIGHT_ONLY),
+    Row(scheme="int8", layouts=TILED),
+    Row(scheme="float8", layouts=TILED),
     Row(scheme="float8_dynamic"),
     Row(scheme="float8_dynamic", group_size="tensor"),
     Row(scheme="float8_static"),
     Row(scheme="int8_dynamic"),
     Row(scheme="int8_static"),
-    Row(scheme="int8_dynamic_int4"),
+    Row(scheme="int8_dynamic_int4", layouts=TILED),
 )
 
 

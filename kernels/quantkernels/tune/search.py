@@ -33,6 +33,7 @@ def compiling(pool: ProcessPoolExecutor, shape: Shape, most: int, processes: int
     """Begins to compile so many of the launches worth a try, the same ones each time."""
     launches = list(candidates(shape, _units()))
     random.Random(0).shuffle(launches)  # noqa: S311 - some of many
+    launches.sort(key=lambda launch: not launch.other)  # which is never left out
     launches = launches[:most]
     return [pool.submit(_compile, shape, launches[n::processes]) for n in range(processes)]
 
