@@ -55,8 +55,8 @@ WHOLE = {  # blocks and vocabulary
 GATE_STEPS = 4
 # Of the step's logits beside a plain forward's, relative: a token too few shows as 0.06 and more,
 # a prompt that is not read as 0.8. Where activations are rounded as well, a last bit of bfloat16
-# may be a whole step of 8 bits, and a call of one token may have another scale. Many blocks of random
-# weights make bfloat16 itself that uncertain: twice what it is off is let pass.
+# may be a whole step of 8 bits, and a call of one token may have another scale. Many blocks of
+# random weights make bfloat16 itself that uncertain: twice what it is off is let pass.
 MOST_OFF, MOST_OFF_ROUNDED = 0.05, 0.5
 
 
