@@ -39,6 +39,11 @@ def linear(
     *,
     compile_only: bool = False,
 ) -> Tensor:
+    if launch.overlapped and x_TI.device.type in ("cuda", "meta"):
+        from quantkernels.weight_only import overlapped
+
+        if compile_only or overlapped.takes(x_TI):
+            return overlapped.linear(x_TI, weight, bias_O, launch, compile_only=compile_only)
     tokens, columns = x_TI.shape
     rows = weight.features[0]
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
