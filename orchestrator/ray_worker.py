@@ -10,10 +10,13 @@ import threading
 import traceback
 from typing import Any
 
+import torch
+
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
+from orchestrator.ray_parts import Own
 from quantcore.errors import ResourceError
-from workers.parcels import packed, unpacked
+from workers.parcels import borrowed, lent, packed, unpacked
 from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
@@ -25,39 +28,61 @@ class RayWorker:
         self._worker: Any = None
         self._progress = (0, 0)
         self._end = threading.Event()
+        self._kept: dict[str, tuple[Any, ...]] = {}  # parts that stay here, by their assignment
 
     def start(self, plan: Plan, device: str) -> dict[str, Any]:
         """Where this worker is, or why there is none."""
+        from workers.gpus import own_gpu, see_others, visible_gpus
         from workers.kind import hardware_kind
         from workers.worker import Worker
 
         facts: dict[str, Any] = {"node": imported().get_runtime_context().get_node_id()}
         try:
+            see_others(device)
             if difference := _difference(plan, hardware_kind(device)):
                 return {**facts, "refused": difference}
             self._worker = Worker(plan, device, self._tell)
         except Exception as error:
             return {**facts, "failure": described(error)}
-        return {**facts, "speed": self._worker.speed}
+        gpus = {"gpu": own_gpu(device), "sees": visible_gpus(device)}
+        return {**facts, **gpus, "speed": self._worker.speed}
 
-    def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
-        """The summary, and the parts beside it; a summary may tell of a failure instead."""
+    def run(self, task: Task, parts: int, inputs: list[Any], staying: str | None = None) -> Any:
+        """The summary, and the parts beside it; a summary may tell of a failure instead.
+
+        Under the name `staying` parts are kept here and not given.
+        """
         try:
-            given, missing = _fetched(inputs)
+            given, missing = self._given(inputs)
             if missing:
                 summary: dict[str, Any] = {"missing": missing}
                 results: tuple[Any, ...] = (None,) * parts
             else:
-                device = self._worker.device
-                outcome = self._worker.run(task, tuple(unpacked(part, device) for part in given))
+                outcome = self._worker.run(task, given)
                 summary = outcome.summary
-                results = tuple(packed(part) for part in outcome.parts)
+                if staying is None:
+                    results = tuple(packed(part) for part in outcome.parts)
+                else:
+                    _finish(self._worker.device)  # before others read them
+                    self._kept[staying], results = outcome.parts, (None,) * parts
         except Exception as error:
             summary, results = {"failure": described(error)}, (None,) * parts
         finally:
             self._progress = (0, 0)
         assert len(results) == parts
-        return (summary, *results) if parts else summary
+        return (summary, *results) if parts and staying is None else summary
+
+    def lend(self, assignment: str, part: int) -> Any:
+        """A part for another process of this machine; None if it is not here."""
+        kept = self._kept.get(assignment)
+        return None if kept is None else lent(kept[part])
+
+    def send(self, assignment: str, part: int) -> Any:
+        kept = self._kept.get(assignment)
+        return None if kept is None else packed(kept[part])
+
+    def drop(self, assignment: str) -> None:
+        self._kept.pop(assignment, None)
 
     def pulse(self) -> tuple[int, int]:
         return self._progress
@@ -70,8 +95,32 @@ class RayWorker:
         """Returns never: when this process dies, whoever waits for it is told."""
         self._end.wait()
 
+    def _given(self, inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
+        """Inputs on this worker's device, or the numbers of those that are lost."""
+        away = [n for n, given in enumerate(inputs) if not isinstance(given, Own)]
+        fetched, missing = _fetched([inputs[n] for n in away])
+        if missing:
+            return (), [away[n] for n in missing]
+        there = dict(zip(away, fetched, strict=True))
+        found: list[Any] = []
+        for number, given in enumerate(inputs):
+            if isinstance(given, Own):
+                kept = self._kept.get(given.assignment)
+                found.append(None if kept is None else kept[given.part])
+            else:
+                found.append(unpacked(borrowed(there[number]), self._worker.device))
+        if away:
+            _finish(self._worker.device)  # what is borrowed is copied before it is let go
+        missing = [number for number, value in enumerate(found) if value is None]
+        return tuple(found), missing
+
     def _tell(self, done: int, total: int) -> None:
         self._progress = (done, total)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def described(error: Exception) -> dict[str, str]:
@@ -112,7 +161,11 @@ def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
             f"a task's results found no room on {node}: Ray's object store is full, and so is the "
             "disk that it spills to; free space there, or start it with more --object-store-memory"
         ) from None
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
+    except (
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.GetTimeoutError,
+        ray.exceptions.RayActorError,  # that had it
+    ) as error:
         missing = [number for number, ref in enumerate(inputs) if _is_lost(ref)]
         if missing or not isinstance(error, ray.exceptions.GetTimeoutError):
             return (), missing or [0]
@@ -126,6 +179,10 @@ def _is_lost(ref: Any) -> bool:
     ray = imported()
     try:
         ray.get(ref, timeout=1.0)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+    except (
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.GetTimeoutError,
+        ray.exceptions.RayActorError,
+    ):
         return True
     return False
