@@ -296,15 +296,18 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
         for index in range(len(sizes.plan.blocks)):
             block, found = sizes.block_computing(index), _block_phases(sizes, index)
             held = sizes.block_stored(index)  # once more where the compute dtype is the same
+            kept = sizes.nodes_held * sizes.bands(index)  # results, until they are solved
             shapes = {
                 "collect": {
                     "block": held + block + sizes.block_published(index),
                     "hessians": found["collect"]["hessians"],
+                    "kept": kept,
                     "products": found["collect"]["products"],
                 },
                 "solve": {
                     "block": held + sizes.block_published(index),
                     "hessians": sizes.squares(index),
+                    "kept": kept,
                     "solve": found["solve"].get("solve", 0),
                     "codes": 2 * weights_of(sizes.plan.blocks[index]),
                 },
