@@ -16,7 +16,7 @@ from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
 from orchestrator.ray_parts import Own
 from quantcore.errors import ResourceError
-from workers.parcels import borrowed, lent, packed, unpacked
+from workers.parcels import borrowed, lent, packed, size_of, unpacked
 from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
@@ -59,7 +59,11 @@ class RayWorker:
                 results: tuple[Any, ...] = (None,) * parts
             else:
                 outcome = self._worker.run(task, given)
-                summary = outcome.summary
+                away = (n for n, one in enumerate(inputs) if not isinstance(one, Own))
+                summary = {
+                    **outcome.summary,
+                    "received_bytes": sum(size_of(given[n]) for n in away),
+                }
                 if staying is None:
                     results = tuple(packed(part) for part in outcome.parts)
                 else:

@@ -47,6 +47,13 @@ def unpacked(part: Any, device: torch.device) -> Any:
     return _mapped(arrived, Tensor, lambda tensor: tensor.to(device))
 
 
+def size_of(part: Any) -> int:
+    """Bytes of its tensors."""
+    sizes: list[int] = []
+    _mapped(part, Tensor, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
 def _lent(tensor: Tensor) -> Any:
     if tensor.device.type != "cuda":
         return tensor.cpu().numpy()
