@@ -6,14 +6,18 @@
 Random weights, W4A16 symmetric in groups of 128, random ids. Every job runs in a process of its
 own, on an embedded Ray with a worker for each GPU. Told of each:
 
-    s a block    what one more costs: of a job of more blocks and one of fewer, by the clock, from
-                 when the workers are there to the last block's file
+    s a block    by the clock, from the first block put together to the last, over the blocks after
+                 the first; of shards, what one more costs: of a job of all blocks and one of half
     efficiency   of one replica's, over the number of workers
     bound        the same, were all but the factorizations and the writing spread evenly and nobody
                  waited: from the parts that one replica's blocks were spent on
-    simulated    what the scheduler does with its own run's costs (simulate.py)
-    moved        bytes a block that workers had from others; waiting: worker-seconds a block
-    same         whether all files of the artifact are those of one replica, to the byte
+    job          seconds from when the workers are there to the last block's file; beside them what
+                 the scheduler does with the costs of one replica's tasks (simulate.py) and the
+                 rate of a copy from GPU to GPU
+    moved        bytes that workers had from others, over the blocks; waiting: worker-seconds of
+                 the whole job, over the blocks
+    same         whether all files of the artifact are those of the fewest workers, to the byte;
+                 shards are fixed when a job is planned, and other shards give other bytes
 
 Then the job of most replicas again, of which one is killed in the midst of a block.
 """
@@ -26,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,7 @@ from rich.table import Table
 
 from tests.benchmarks.block_costs import SHAPES, give_tokenizer, save_random_model
 from tests.benchmarks.gptq_gpu import _machine, _write_ids
+from tests.benchmarks.scaling import MEMORY_BANDWIDTH
 
 Config = tuple[int, int]  # shards, and replicas of each
 SPREAD = ("read", "forward", "hessian", "solve", "pack")  # over replicas; the rest is not
@@ -45,95 +51,125 @@ SPREAD = ("read", "forward", "hessian", "solve", "pack")  # over replicas; the r
 def main() -> None:
     options = _options()
     if options.job:
-        print(json.dumps(_job(options.job, options.kill)))
+        print(json.dumps(_job(options)))
         return
     counts = options.counts or _powers(_gpus(options.device))
     configs: list[Config] = [(1, count) for count in counts]
-    configs += [(shards, max(counts) // shards) for shards in (2, 4) if shards < max(counts)]
+    configs += [(2, count // 2) for count in counts if count > 1]
+    results: dict[str, Any] = {"machine": _told_machine(options.device), "shape": options.shape}
+    results |= {"blocks": options.blocks, "copy_bytes_per_s": _copy_rate(options.device)}
+    results |= {"sequences": options.sequences, "length": options.length}
+    rows: list[dict[str, Any]] = []
+    results["rows"] = rows
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        folder = Path(scratch)
-        for blocks in options.blocks:
-            dtype = torch.bfloat16 if options.device != "cpu" else torch.float32
-            save_random_model(folder / f"model-{blocks}", options.shape, blocks, dtype)
-            give_tokenizer(folder / f"model-{blocks}")
-        _write_ids(folder / "ids.jsonl", options.sequences, options.length)
-        rows = [_row(options, folder, config) for config in configs]
-        rows.append(_row(options, folder, (1, max(counts)), kill=True))
-    results = {"machine": _told_machine(options.device), "shape": options.shape}
-    results |= {"sequences": options.sequences, "length": options.length, "rows": rows}
+        bench = _Bench(options, Path(scratch), results)
+        for config in configs:
+            rows.append(bench.row(config))
+        rows.append(bench.row((1, max(counts)), kill=True))
     _print(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
 
-def _row(
-    options: argparse.Namespace, folder: Path, config: Config, *, kill: bool = False
-) -> dict[str, Any]:
-    few, many = min(options.blocks), max(options.blocks)
-    runs = {}
-    for blocks in (many,) if kill else (few, many):
-        job = _write_job(options, folder, blocks, config)
+class _Bench:
+    def __init__(self, options: argparse.Namespace, folder: Path, results: dict[str, Any]) -> None:
+        self._options, self._folder, self._results = options, folder, results
+        self._costs: dict[str, Any] | None = None  # of one replica's tasks
+        dtype = torch.bfloat16 if options.device != "cpu" else torch.float32
+        for blocks in (options.blocks // 2, options.blocks):
+            save_random_model(folder / f"model-{blocks}", options.shape, blocks, dtype)
+            give_tokenizer(folder / f"model-{blocks}")
+        _write_ids(folder / "ids.jsonl", options.sequences, options.length)
+
+    def row(self, config: Config, *, kill: bool = False) -> dict[str, Any]:
+        blocks = self._options.blocks
+        whole = self._told(config, blocks, kill)
+        self._costs = self._costs or whole.get("costs")
+        row = {"shards": config[0], "replicas": config[1], "kill": kill, "job": whole}
+        if "error" in whole or kill:
+            return row
+        if config[0] > 1:
+            half = self._told(config, blocks // 2, kill)
+            if "error" in half:
+                return row | {"job": half}
+            seconds = whole["phases"]["quantize"] - half["phases"]["quantize"]
+            return row | {"block_s": seconds / (blocks - blocks // 2)}
+        together = whole["together_s"]
+        return row | {"block_s": (together[-1] - together[0]) / (len(together) - 1)}
+
+    def _told(self, config: Config, blocks: int, kill: bool) -> dict[str, Any]:
+        job = _write_job(self._options, self._folder, blocks, config)
         command = [sys.executable, "-m", "tests.benchmarks.gptq_gpus", "--job", str(job)]
-        done = subprocess.run(
-            [*command, *(["--kill"] if kill else [])], capture_output=True, text=True, check=False
-        )
+        command += ["--kill"] if kill else []
+        if self._costs:
+            costs = self._costs | {"bandwidth": self._results["copy_bytes_per_s"]}
+            command += ["--costs", json.dumps(costs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        told: dict[str, Any]
         if done.returncode:
-            raise SystemExit(f"{config}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        runs[blocks] = json.loads(done.stdout.strip().splitlines()[-1])
-        print(json.dumps({"config": config, "blocks": blocks, "kill": kill, **runs[blocks]}))
-    row = {"shards": config[0], "replicas": config[1], "kill": kill, "many": runs[many]}
-    if kill:
-        return row
-    apart = many - few
+            told = {"error": f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"}
+            print(f"{config}:\n{told['error']}", flush=True)
+        else:
+            told = json.loads(done.stdout.strip().splitlines()[-1])
+            line = {"config": config, "blocks": blocks, "kill": kill, **told}
+            print(json.dumps(line), flush=True)
+        return told
 
-    def marginal(of: Any) -> float:
-        return float(of(runs[many]) - of(runs[few])) / apart
 
-    parts = {*runs[many]["spent"], *runs[few]["spent"]}
-    return row | {
-        "block_s": marginal(lambda run: run["phases"]["quantize"]),
-        "simulated_s": marginal(lambda run: run["simulated_s"]),
-        "moved_bytes": marginal(lambda run: run["received_bytes"]),
-        "spent": {
-            part: marginal(lambda run, part=part: run["spent"].get(part, 0.0)) for part in parts
-        },
+def _parts(row: dict[str, Any]) -> dict[str, float]:
+    """Worker-seconds a block by part, of all blocks but the first."""
+    later = [block["seconds"] for block in row["job"]["blocks"][1:]]
+    return {
+        part: sum(block.get(part, 0.0) for block in later) / len(later)
+        for part in {part for block in later for part in block}
     }
 
 
 def _print(results: dict[str, Any]) -> None:
     rows = results["rows"]
-    one = next(row for row in rows if row["shards"] * row["replicas"] == 1)
-    spread = sum(one["spent"].get(part, 0.0) for part in SPREAD)
-    rest = sum(one["spent"].get(part, 0.0) for part in ("factor", "write"))
+    one = next((row for row in rows if (row["shards"], row["replicas"]) == (1, 1)), rows[0])
+    if "error" in one["job"]:
+        raise SystemExit("one replica has failed: nothing to compare with")
+    alone = _parts(one)
+    spread = sum(alone.get(part, 0.0) for part in SPREAD)
+    rest = sum(alone.get(part, 0.0) for part in ("factor", "write"))
     table = Table(title=f"{results['shape']}, {results['sequences']} x {results['length']}")
-    heads = ("shards", "replicas", "s a block", "efficiency", "bound", "simulated")
+    heads = ("shards", "replicas", "s a block", "efficiency", "bound", "job, s", "simulated")
     for head in (*heads, "moved, GB", "waiting, s", "same"):
         table.add_column(head, justify="right")
     for row in rows:
-        workers = row["shards"] * row["replicas"]
-        same = "yes" if row["many"]["digest"] == one["many"]["digest"] else "NO"
+        place = [str(row["shards"]), str(row["replicas"])]
+        job, workers = row["job"], row["shards"] * row["replicas"]
+        if "error" in job:
+            table.add_row(*place, "failed")
+            continue
+        first = next(r for r in rows if r["shards"] == row["shards"] and "error" not in r["job"])
+        same = "-" if row is first else "yes" if job["digest"] == first["job"]["digest"] else "NO"
+        seconds = job["phases"]["quantize"]
         if row["kill"]:
             usual = next(r for r in rows if r["replicas"] == row["replicas"] and r["shards"] == 1)
-            delay = row["many"]["phases"]["quantize"] - usual["many"]["phases"]["quantize"]
-            lost = len(row["many"]["lost"])
-            table.add_row("1", str(workers), f"{lost} killed: {delay:+.1f} s", *["-"] * 5, same)
+            row["delay_s"] = seconds - usual["job"]["phases"]["quantize"]
+            told = f"{len(job['lost'])} killed: {row['delay_s']:+.1f} s"
+            table.add_row(*place, told, "", "", f"{seconds:.1f}", "", "", "", same)
             continue
         row["efficiency"] = one["block_s"] / row["block_s"] / workers
         row["bound"] = (spread + rest) / (spread / workers + rest) / workers
-        simulated = one["simulated_s"] / row["simulated_s"] / workers
-        cells = (row["efficiency"], row["bound"], simulated, row["moved_bytes"] / 1e9)
-        waiting = row["spent"].get("waiting", 0.0)
-        figures = [f"{row['block_s']:.3f}", *(f"{cell:.2f}" for cell in cells), f"{waiting:.2f}"]
-        table.add_row(str(row["shards"]), str(row["replicas"]), *figures, same)
-    Console(width=110).print(table)
+        row["waiting_s"] = job["total"]["seconds"].get("waiting", 0.0) / results["blocks"]
+        row["moved_bytes"] = job["received_bytes"] / results["blocks"]
+        cells = [f"{row['block_s']:.3f}", f"{row['efficiency']:.2f}", f"{row['bound']:.2f}"]
+        cells += [f"{seconds:.1f}", f"{job['simulated_s']:.1f}"]
+        cells += [f"{row['moved_bytes'] / 1e9:.2f}", f"{row['waiting_s']:.2f}"]
+        table.add_row(*place, *cells, same)
+    Console(width=120).print(table)
 
 
 def _write_job(options: argparse.Namespace, folder: Path, blocks: int, config: Config) -> Path:
     shutil.rmtree(folder / "store", ignore_errors=True)
+    group = 64 if options.shape == "smollm2-135m" else 128
     job = {
         "name": "gptq",
         "model": {"path": str(folder / f"model-{blocks}")},
-        "quantization": {"scheme": "int4", "group_size": 128, "method": "gptq"},
+        "quantization": {"scheme": "int4", "group_size": group, "method": "gptq"},
         "calibration": {
             "jsonl": str(folder / "ids.jsonl"),
             "field": "input_ids",
@@ -144,14 +180,12 @@ def _write_job(options: argparse.Namespace, folder: Path, blocks: int, config: C
         "workers": {"count": config[0] * config[1], "kind": options.device},
         "output": {"store": str(folder / "store")},
     }
-    if options.shape == "smollm2-135m":
-        job["quantization"]["group_size"] = 64
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job))
     return path
 
 
-def _job(path: Path, kill: bool) -> dict[str, Any]:
+def _job(options: argparse.Namespace) -> dict[str, Any]:
     """One job, on an embedded Ray of its own."""
     from orchestrator.checks import check
     from orchestrator.driver import run_job
@@ -160,20 +194,24 @@ def _job(path: Path, kill: bool) -> dict[str, Any]:
     from orchestrator.scheduler import Assignment
     from orchestrator.site import Site
     from tests.benchmarks.scaling import costs_of
-    from tests.benchmarks.simulate import Simulation
+    from tests.benchmarks.simulate import Costs, Simulation
+    from workers.tasks import Publish
 
-    told: dict[str, Any] = {"received_bytes": 0, "lost": []}
+    path: Path = options.job
+    told: dict[str, Any] = {"received_bytes": 0, "lost": [], "together_s": []}
     middle: list[str] = []
 
     class Watch(Observer):
         def submitted(self, assignment: Assignment, worker: int) -> None:
-            if kill and not middle and assignment.id.startswith("solve/1/"):
+            if options.kill and not middle and assignment.id.startswith("solve/1/"):
                 middle.append(assignment.id)
                 ours = psutil.Process().children(recursive=True)
                 next(c for c in ours if c.name().startswith("ray::RayWorker")).kill()
 
         def finished(self, assignment: Assignment, result: Result) -> None:
             told["received_bytes"] += result.summary.get("received_bytes", 0)
+            if isinstance(assignment.task, Publish):
+                told["together_s"].append(time.perf_counter() - start)
 
         def note(self, event: str, **words: Any) -> None:
             if event == "worker lost":
@@ -187,14 +225,35 @@ def _job(path: Path, kill: bool) -> dict[str, Any]:
     digest = hashlib.sha256()
     for file in sorted(model.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
-    costs = costs_of(prepared, result.report)
+    given = json.loads(options.costs) if options.costs else None
+    costs = Costs(**given) if given else costs_of(prepared, result.report)
     return {
         **told,
+        "costs": asdict(costs),
         "digest": digest.hexdigest(),
         "simulated_s": Simulation(prepared.plan, costs, prepared.workers).run(),
-        "spent": result.report["profile"]["total"]["seconds"],
+        "blocks": result.report["profile"]["blocks"],
+        "total": result.report["profile"]["total"],
         "phases": result.report["seconds"],
     }
+
+
+def _copy_rate(device: str) -> float:
+    """Bytes a second from one GPU to another; between processes on a CPU, as scaling.py has it."""
+    if device == "cpu" or torch.cuda.device_count() < 2:
+        return MEMORY_BANDWIDTH
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    target = source.to("cuda:1")
+    torch.cuda.synchronize(1)
+    start = time.perf_counter()
+    for _ in range(10):
+        target.copy_(source)
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    rate = 10 * source.nbytes / (time.perf_counter() - start)
+    del source, target
+    torch.cuda.empty_cache()
+    return rate
 
 
 def _gpus(device: str) -> int:
@@ -216,7 +275,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
-    parser.add_argument("--blocks", type=int, nargs=2, default=[2, 4])
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--counts", type=int, nargs="+", help="of replicas; as many as GPUs allow")
@@ -225,6 +284,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kill", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--costs", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
