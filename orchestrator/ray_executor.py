@@ -20,6 +20,7 @@ from orchestrator.ray_parts import Parts, stays
 from orchestrator.ray_worker import NoRoomError, RayWorker
 from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
+from workers.kept import Near
 from workers.plan import Plan
 
 _LAST_WRITES_S = 15.0  # that a block which is being written is waited for at the end
@@ -52,6 +53,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Member:
+    number: int
     actor: Any
     watch: Any  # a reference that becomes an error when the actor dies
     node: str
@@ -76,8 +78,14 @@ class _Start:
 class _Running:
     worker: int
     assignment: Assignment
+    inputs: list[Any]
     start: float  # as the clock has it
     since: float  # in our own time
+
+    def read_of(self) -> dict[str, int]:
+        """Assignments whose makers' memory is read, and these makers."""
+        read = zip(self.assignment.inputs, self.inputs, strict=True)
+        return {source: given.maker for (source, _), given in read if isinstance(given, Near)}
 
 
 class RayExecutor:
@@ -121,11 +129,10 @@ class RayExecutor:
         call = member.actor.run.options(num_returns=1 + sent)
         refs = call.remote(assignment.task, assignment.parts, inputs, staying)
         first, *parts = refs if sent else [refs]
-        if staying:
-            self._parts.stay(staying, member)
-        elif parts:
+        if parts:
             self._parts.put(assignment.id, parts)
-        self._running[first] = _Running(worker, assignment, time.perf_counter(), self._time.now())
+        now = time.perf_counter(), self._time.now()
+        self._running[first] = _Running(worker, assignment, inputs, *now)
 
     def next_news(self) -> News:
         if self._untold:
@@ -239,6 +246,7 @@ class RayExecutor:
         self._failed = 0
         watch = start.actor.watch.options(concurrency_group="watch").remote()
         member = _Member(
+            start.number,
             start.actor,
             watch,
             facts["node"],
@@ -284,12 +292,17 @@ class RayExecutor:
             failure = ResourceError(f"{assignment.id} on worker {worker}: {first_line(error)}")
             return Result(assignment.id, worker, seconds, error=failure)
         del self._running[ref]
-        if "missing" in summary:
+        if "placed" in summary:
+            self._parts.stay(assignment.id, self._members[worker], summary.pop("placed"))
+        gone = {source for source, maker in running.read_of().items() if maker not in self._members}
+        gone.update(assignment.inputs[number][0] for number in summary.get("missing", ()))
+        if gone:  # a process that ended while its memory was read may have taken it along
             self.release(assignment.id)
-            missing = tuple(sorted({assignment.inputs[i][0] for i in summary["missing"]}))
+            missing = tuple(sorted(gone))
             lost = ResourceError(f"{assignment.id} did not get its inputs from {missing}")
             return Result(assignment.id, worker, seconds, error=lost, missing=missing)
         if "failure" not in summary:
+            self._parts.read(self._members[worker], running.inputs)
             self._judge.finished(assignment, seconds, self._members[worker].device)
             return Result(assignment.id, worker, seconds, summary)
         self.release(assignment.id)
@@ -308,6 +321,8 @@ class RayExecutor:
             self._ray.kill(member.actor)
         self._hire(member.device)
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+        for other in self._members.values() if member.gpu else ():
+            other.actor.forget.options(concurrency_group="parts").remote(worker)
         kept = not self._parts.lost(member) and member.node in alive
         return Loss(worker, error, parts_kept=kept)
 

@@ -7,6 +7,7 @@ from a task that failed.
 
 import re
 import threading
+import time
 import traceback
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
-from orchestrator.ray_parts import Own
 from quantcore.errors import ResourceError
-from workers.parcels import borrowed, lent, packed, size_of, unpacked
+from workers.kept import Kept, Mapped, Near, Own
+from workers.parcels import Lent, packed, size_of, unpacked
 from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
@@ -28,7 +29,8 @@ class RayWorker:
         self._worker: Any = None
         self._progress = (0, 0)
         self._end = threading.Event()
-        self._kept: dict[str, tuple[Any, ...]] = {}  # parts that stay here, by their assignment
+        self._kept: Any = None  # parts that stay here
+        self._mapped = Mapped()
 
     def start(self, plan: Plan, device: str) -> dict[str, Any]:
         """Where this worker is, or why there is none."""
@@ -42,6 +44,7 @@ class RayWorker:
             if difference := _difference(plan, hardware_kind(device)):
                 return {**facts, "refused": difference}
             self._worker = Worker(plan, device, self._tell)
+            self._kept = Kept(self._worker.device)
         except Exception as error:
             return {**facts, "failure": described(error)}
         gpus = {"gpu": own_gpu(device), "sees": visible_gpus(device)}
@@ -50,25 +53,26 @@ class RayWorker:
     def run(self, task: Task, parts: int, inputs: list[Any], staying: str | None = None) -> Any:
         """The summary, and the parts beside it; a summary may tell of a failure instead.
 
-        Under the name `staying` parts are kept here and not given.
+        Under the name `staying` parts are kept here, and the summary tells where.
         """
         try:
+            start = time.perf_counter()
             given, missing = self._given(inputs)
             if missing:
                 summary: dict[str, Any] = {"missing": missing}
                 results: tuple[Any, ...] = (None,) * parts
             else:
-                outcome = self._worker.run(task, given)
+                seconds = time.perf_counter() - start
                 away = (n for n, one in enumerate(inputs) if not isinstance(one, Own))
-                summary = {
-                    **outcome.summary,
-                    "received_bytes": sum(size_of(given[n]) for n in away),
-                }
+                received = {"bytes": sum(size_of(given[n]) for n in away), "seconds": seconds}
+                outcome = self._worker.run(task, given)
+                summary = {**outcome.summary, "received": received}
                 if staying is None:
                     results = tuple(packed(part) for part in outcome.parts)
                 else:
+                    summary["placed"] = self._kept.keep(staying, outcome.parts)
                     _finish(self._worker.device)  # before others read them
-                    self._kept[staying], results = outcome.parts, (None,) * parts
+                    results = (None,) * parts
         except Exception as error:
             summary, results = {"failure": described(error)}, (None,) * parts
         finally:
@@ -76,17 +80,20 @@ class RayWorker:
         assert len(results) == parts
         return (summary, *results) if parts and staying is None else summary
 
-    def lend(self, assignment: str, part: int) -> Any:
-        """A part for another process of this machine; None if it is not here."""
-        kept = self._kept.get(assignment)
-        return None if kept is None else lent(kept[part])
+    def lend(self, slab: int) -> Lent:
+        """Memory of this worker's, for another process of this machine."""
+        told: Lent = self._kept.lend(slab)
+        return told
 
     def send(self, assignment: str, part: int) -> Any:
-        kept = self._kept.get(assignment)
-        return None if kept is None else packed(kept[part])
+        return self._kept.packed(assignment, part)
 
     def drop(self, assignment: str) -> None:
-        self._kept.pop(assignment, None)
+        self._kept.drop(assignment)
+
+    def forget(self, maker: int) -> None:
+        """Another process is no more."""
+        self._mapped.forget(maker)
 
     def pulse(self) -> tuple[int, int]:
         return self._progress
@@ -101,22 +108,31 @@ class RayWorker:
 
     def _given(self, inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
         """Inputs on this worker's device, or the numbers of those that are lost."""
-        away = [n for n, given in enumerate(inputs) if not isinstance(given, Own)]
-        fetched, missing = _fetched([inputs[n] for n in away])
+        asked: list[tuple[int, Any, int | None]] = []  # number, reference, slab
+        for number, given in enumerate(inputs):
+            if isinstance(given, Near):
+                asked += [(number, ref, slab) for slab, ref in given.slabs.items()]
+            elif not isinstance(given, Own):
+                asked.append((number, given, None))
+        fetched, missing = _fetched([ref for _, ref, _ in asked])
         if missing:
-            return (), [away[n] for n in missing]
-        there = dict(zip(away, fetched, strict=True))
-        found: list[Any] = []
+            return (), sorted({asked[place][0] for place in missing})
+        found = dict[int, Any]()
+        for (number, _, slab), value in zip(asked, fetched, strict=True):
+            if slab is None:
+                found[number] = value
+            else:
+                self._mapped.add(inputs[number].maker, slab, value)
         for number, given in enumerate(inputs):
             if isinstance(given, Own):
-                kept = self._kept.get(given.assignment)
-                found.append(None if kept is None else kept[given.part])
-            else:
-                found.append(unpacked(borrowed(there[number]), self._worker.device))
-        if away:
-            _finish(self._worker.device)  # what is borrowed is copied before it is let go
-        missing = [number for number, value in enumerate(found) if value is None]
-        return tuple(found), missing
+                found[number] = self._kept.part(given.assignment, given.part)
+                continue
+            there = self._mapped.part(given) if isinstance(given, Near) else found[number]
+            found[number] = unpacked(there, self._worker.device)
+        if any(isinstance(given, Near) for given in inputs):
+            _finish(self._worker.device)  # all is copied before anyone is told that it was read
+        missing = [number for number, value in found.items() if value is None]
+        return tuple(found[number] for number in range(len(inputs))), sorted(missing)
 
     def _tell(self, done: int, total: int) -> None:
         self._progress = (done, total)

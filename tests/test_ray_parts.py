@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.ray_parts import Own, Parts
+from orchestrator.ray_parts import Parts
 from tests.command import environment, quantfleet
-from workers import gpus, parcels
+from workers import gpus
+from workers.arena import Placed, Region
+from workers.kept import Near, Own
 
 JobFile = Callable[..., Path]
 
@@ -113,6 +115,7 @@ class _Asked:
 
 @dataclass
 class _Worker:
+    number: int
     actor: Any
     node: str
     gpu: str
@@ -120,16 +123,21 @@ class _Worker:
 
 
 def test_who_reads_decides_the_way() -> None:
-    maker = _Worker(_Actor(), "a", "gpu-0", ("gpu-0", "gpu-1"))
-    beside = _Worker(_Actor(), "a", "gpu-1", ("gpu-1", "gpu-0"))
-    blind = _Worker(_Actor(), "a", "gpu-2", ("gpu-2",))
-    far = _Worker(_Actor(), "b", "gpu-0", ("gpu-0",))
+    maker = _Worker(0, _Actor(), "a", "gpu-0", ("gpu-0", "gpu-1"))
+    beside = _Worker(1, _Actor(), "a", "gpu-1", ("gpu-1", "gpu-0"))
+    blind = _Worker(2, _Actor(), "a", "gpu-2", ("gpu-2",))
+    far = _Worker(3, _Actor(), "b", "gpu-0", ("gpu-0",))
     parts = Parts()
     parts.put("stored", ["ref"])
-    parts.stay("kept", maker)
+    placed = Placed(Region(5, 0, 256), (4,), torch.float32)
+    parts.stay("kept", maker, (None, None, {"sum": placed}))
     assert parts.input_for(far, "stored", 0) == "ref"
     assert parts.input_for(maker, "kept", 2) == Own("kept", 2)
-    assert parts.input_for(beside, "kept", 2) == ("lend", "kept", 2)
+    new = parts.input_for(beside, "kept", 2)
+    assert new == Near(0, {"sum": placed}, {5: ("lend", 5)})
+    assert parts.input_for(beside, "kept", 2) == new, "it is not known to have been read"
+    parts.read(beside, [new])
+    assert parts.input_for(beside, "kept", 2) == Near(0, {"sum": placed}, {})
     assert parts.input_for(blind, "kept", 2) == parts.input_for(far, "kept", 2)
     assert parts.input_for(far, "kept", 2) == ("send", "kept", 2)
     assert not parts.lost(beside)
@@ -149,10 +157,3 @@ def test_a_worker_sees_the_other_gpus_behind_its_own(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == own
     gpus.see_others("cuda")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-
-
-def test_on_a_cpu_what_is_lent_is_an_array() -> None:
-    part = {"sum": torch.arange(6.0).reshape(2, 3), "rows": (torch.ones(2), 5)}
-    given = parcels.unpacked(parcels.borrowed(parcels.lent(part)), torch.device("cpu"))
-    assert given["rows"][1] == 5
-    assert torch.equal(given["sum"], part["sum"]) and torch.equal(given["rows"][0], torch.ones(2))

@@ -198,7 +198,8 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
     from workers.tasks import Publish
 
     path: Path = options.job
-    told: dict[str, Any] = {"received_bytes": 0, "lost": [], "together_s": []}
+    told: dict[str, Any] = {"lost": [], "together_s": [], "tasks": {}}
+    told |= {"received_bytes": 0, "received_s": 0.0}
     middle: list[str] = []
 
     class Watch(Observer):
@@ -209,7 +210,13 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
                 next(c for c in ours if c.name().startswith("ray::RayWorker")).kill()
 
         def finished(self, assignment: Assignment, result: Result) -> None:
-            told["received_bytes"] += result.summary.get("received_bytes", 0)
+            received = result.summary.get("received", {"bytes": 0, "seconds": 0.0})
+            told["received_bytes"] += received["bytes"]
+            told["received_s"] += received["seconds"]
+            kind = type(assignment.task).__name__
+            number, seconds, fetching = told["tasks"].get(kind, (0, 0.0, 0.0))
+            fetching += received["seconds"]
+            told["tasks"][kind] = (number + 1, seconds + result.seconds, fetching)
             if isinstance(assignment.task, Publish):
                 told["together_s"].append(time.perf_counter() - start)
 
