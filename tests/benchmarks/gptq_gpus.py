@@ -54,8 +54,8 @@ def main() -> None:
         print(json.dumps(_job(options)))
         return
     counts = options.counts or _powers(_gpus(options.device))
-    configs: list[Config] = [(1, count) for count in counts]
-    configs += [(2, count // 2) for count in counts if count > 1]
+    split = [(s, count // s) for s in options.shards for count in counts if count >= s]
+    configs: list[Config] = sorted(split, key=lambda config: config[0])
     results: dict[str, Any] = {"machine": _told_machine(options.device), "shape": options.shape}
     results |= {"blocks": options.blocks, "copy_bytes_per_s": _copy_rate(options.device)}
     results |= {"sequences": options.sequences, "length": options.length}
@@ -286,6 +286,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--counts", type=int, nargs="+", help="of replicas; as many as GPUs allow")
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--scratch", default=None)
     parser.add_argument("--json", type=Path)
