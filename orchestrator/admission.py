@@ -311,8 +311,7 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
                 },
                 "solve": {
                     "block": held + sizes.block_published(index),
-                    "hessians": sizes.squares(index),
-                    "kept": kept,
+                    "kept": kept,  # with the sums
                     "solve": found["solve"].get("solve", 0),
                     "codes": 2 * weights_of(sizes.plan.blocks[index]),
                 },
