@@ -11,9 +11,11 @@ own, on an embedded Ray with a worker for each GPU. Told of each:
     efficiency   of one replica's, over the number of workers
     bound        the same, were all but the factorizations and the writing spread evenly and nobody
                  waited: from the parts that one replica's blocks were spent on
-    job          seconds from when the workers are there to the last block's file; beside them what
-                 the scheduler does with the costs of one replica's tasks (simulate.py) and the
-                 rate of a copy from GPU to GPU
+    simulated    seconds a block that the scheduler comes to (simulate.py) with the costs of one
+                 replica's tasks, and the rate of a copy from GPU to GPU
+    job          seconds from when the workers are there to the last block's file
+    states       where hidden states are: on the host where a GPU has no room for them, which
+                 costs time that several GPUs need not spend
     moved        bytes that workers had from others, over the blocks; waiting: worker-seconds of
                  the whole job, over the blocks
     same         whether all files of the artifact are those of the fewest workers, to the byte;
@@ -63,9 +65,10 @@ def main() -> None:
     results["rows"] = rows
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = _Bench(options, Path(scratch), results)
-        for config in configs:
-            rows.append(bench.row(config))
-        rows.append(bench.row((1, max(counts)), kill=True))
+        for config, kill in [*((c, False) for c in configs), ((1, max(counts)), True)]:
+            rows.append(bench.row(config, kill=kill))
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1))
     _print(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
@@ -93,9 +96,11 @@ class _Bench:
             if "error" in half:
                 return row | {"job": half}
             seconds = whole["phases"]["quantize"] - half["phases"]["quantize"]
-            return row | {"block_s": seconds / (blocks - blocks // 2)}
-        together = whole["together_s"]
-        return row | {"block_s": (together[-1] - together[0]) / (len(together) - 1)}
+            simulated = whole["simulated_s"] - half["simulated_s"]
+            more = blocks - blocks // 2
+            return row | {"block_s": seconds / more, "simulated_s": simulated / more}
+        row["simulated_s"] = _each(whole["simulated_together_s"])
+        return row | {"block_s": _each(whole["together_s"])}
 
     def _told(self, config: Config, blocks: int, kill: bool) -> dict[str, Any]:
         job = _write_job(self._options, self._folder, blocks, config)
@@ -116,6 +121,10 @@ class _Bench:
         return told
 
 
+def _each(moments: list[float]) -> float:
+    return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+
 def _parts(row: dict[str, Any]) -> dict[str, float]:
     """Worker-seconds a block by part, of all blocks but the first."""
     later = [block["seconds"] for block in row["job"]["blocks"][1:]]
@@ -134,8 +143,8 @@ def _print(results: dict[str, Any]) -> None:
     spread = sum(alone.get(part, 0.0) for part in SPREAD)
     rest = sum(alone.get(part, 0.0) for part in ("factor", "write"))
     table = Table(title=f"{results['shape']}, {results['sequences']} x {results['length']}")
-    heads = ("shards", "replicas", "s a block", "efficiency", "bound", "job, s", "simulated")
-    for head in (*heads, "moved, GB", "waiting, s", "same"):
+    heads = ("shards", "replicas", "s a block", "efficiency", "bound", "simulated", "job, s")
+    for head in (*heads, "moved, GB", "waiting, s", "states", "same"):
         table.add_column(head, justify="right")
     for row in rows:
         place = [str(row["shards"]), str(row["replicas"])]
@@ -150,15 +159,15 @@ def _print(results: dict[str, Any]) -> None:
             usual = next(r for r in rows if r["replicas"] == row["replicas"] and r["shards"] == 1)
             row["delay_s"] = seconds - usual["job"]["phases"]["quantize"]
             told = f"{len(job['lost'])} killed: {row['delay_s']:+.1f} s"
-            table.add_row(*place, told, "", "", f"{seconds:.1f}", "", "", "", same)
+            table.add_row(*place, told, "", "", "", f"{seconds:.1f}", "", "", "", same)
             continue
         row["efficiency"] = one["block_s"] / row["block_s"] / workers
         row["bound"] = (spread + rest) / (spread / workers + rest) / workers
         row["waiting_s"] = job["total"]["seconds"].get("waiting", 0.0) / results["blocks"]
         row["moved_bytes"] = job["received_bytes"] / results["blocks"]
         cells = [f"{row['block_s']:.3f}", f"{row['efficiency']:.2f}", f"{row['bound']:.2f}"]
-        cells += [f"{seconds:.1f}", f"{job['simulated_s']:.1f}"]
-        cells += [f"{row['moved_bytes'] / 1e9:.2f}", f"{row['waiting_s']:.2f}"]
+        cells += [f"{row['simulated_s']:.3f}", f"{seconds:.1f}"]
+        cells += [f"{row['moved_bytes'] / 1e9:.2f}", f"{row['waiting_s']:.2f}", job["states_on"]]
         table.add_row(*place, *cells, same)
     Console(width=120).print(table)
 
@@ -193,7 +202,6 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.loop import Observer
     from orchestrator.scheduler import Assignment
     from orchestrator.site import Site
-    from tests.benchmarks.scaling import costs_of
     from tests.benchmarks.simulate import Costs, Simulation
     from workers.tasks import Publish
 
@@ -214,9 +222,8 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
             told["received_bytes"] += received["bytes"]
             told["received_s"] += received["seconds"]
             kind = type(assignment.task).__name__
-            number, seconds, fetching = told["tasks"].get(kind, (0, 0.0, 0.0))
-            fetching += received["seconds"]
-            told["tasks"][kind] = (number + 1, seconds + result.seconds, fetching)
+            if getattr(assignment.task, "block", 1):  # the first one warms up
+                told["tasks"][kind] = told["tasks"].get(kind, 0.0) + result.seconds
             if isinstance(assignment.task, Publish):
                 told["together_s"].append(time.perf_counter() - start)
 
@@ -232,17 +239,38 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
     digest = hashlib.sha256()
     for file in sorted(model.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
+    profile = result.report["profile"]
     given = json.loads(options.costs) if options.costs else None
-    costs = Costs(**given) if given else costs_of(prepared, result.report)
+    costs = Costs(**given) if given else _costs(prepared, told["tasks"], profile)
+    simulation = Simulation(prepared.plan, costs, prepared.workers)
     return {
         **told,
         "costs": asdict(costs),
         "digest": digest.hexdigest(),
-        "simulated_s": Simulation(prepared.plan, costs, prepared.workers).run(),
-        "blocks": result.report["profile"]["blocks"],
-        "total": result.report["profile"]["total"],
+        "simulated_s": simulation.run(),
+        "simulated_together_s": sorted(simulation.together.values()),
+        "states_on": prepared.prediction.states_on,
+        "blocks": profile["blocks"],
+        "total": profile["total"],
         "phases": result.report["seconds"],
     }
+
+
+def _costs(prepared: Any, tasks: dict[str, float], profile: dict[str, Any]) -> Any:
+    """Of one worker's tasks, by their seconds in all blocks but the first."""
+    from orchestrator.driver import chunk_bytes
+    from tests.benchmarks.simulate import Costs
+
+    later = len(prepared.plan.blocks) - 1
+    chunks = prepared.plan.contract.chunks
+    return Costs(
+        embed_s=tasks["Embed"] / chunks,
+        collect_s=tasks["Collect"] / later / chunks,
+        advance_s=tasks["Advance"] / max(later - 1, 1) / chunks,
+        solve_s=tasks["Solve"] / later,
+        publish_s=sum(block["hidden"].get("write", 0.0) for block in profile["blocks"]) / later,
+        chunk_bytes=chunk_bytes(prepared),
+    )
 
 
 def _copy_rate(device: str) -> float:
