@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from quantcore.autoquant.candidates import DENSE_LABEL
-from quantcore.autoquant.options import Layer, Option, compared_us
+from quantcore.autoquant.options import Layer, Option, compared_us, may_tie
 from quantcore.autoquant.program import TOLERANCE, Picks, Program, keeps
 from quantcore.errors import SpecError
 
@@ -70,7 +70,7 @@ class Chosen:
     layer: str
     linears: tuple[str, ...]
     option: Option
-    ties: tuple[str, ...]  # labels of options that no measurement tells from it in time
+    ties: tuple[str, ...]  # labels of options as fast for all that was measured: see `may_tie`
     runner_up: RunnerUp | None  # None: no other option fits
 
 
@@ -250,7 +250,7 @@ def _chosen(
                 ties=tuple(
                     option.label
                     for at, option in enumerate(options)
-                    if at != mine and more[at][COMPARED] == 0
+                    if at != mine and may_tie(options[mine].time, option.time)
                 ),
                 runner_up=None
                 if second is None

@@ -1,4 +1,4 @@
-"""plan-<hardware>.json: what was chosen, what it should cost, what else there was; read and checked.
+"""plan-<hardware>.json: what was chosen, what it should cost, and what else there was.
 
     {"version": 1,
      "hardware": {...}, "profile": {...}, "objective": "time", "budgets": {...}, "correction": 1.0,
@@ -27,7 +27,7 @@ from quantcore.autoquant.choice import (
 from quantcore.autoquant.front import Point
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import Option, Profile, Time
-from quantcore.errors import QuantfleetError, ResourceError, SpecError
+from quantcore.errors import ResourceError, SpecError
 
 VERSION = 1
 
@@ -84,6 +84,9 @@ def written(plan: Plan) -> str:
     return "{" + ",\n".join(rows) + "}\n"
 
 
+_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+
 def parse(text: str) -> Plan:
     """What `written` gave. Raises SpecError for what is no plan, or does not add up."""
     try:
@@ -94,17 +97,9 @@ def parse(text: str) -> Plan:
             )
         plan = _plan(document)
         _check(plan)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise SpecError(f"plan: damaged ({_told(error)}): plan anew") from None
-    except IndexError:
-        raise SpecError("plan: damaged (a number that is no candidate's): plan anew") from None
+    except _DAMAGE as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SpecError(f"plan: damaged ({why}): plan anew") from None
     return plan
 
 
@@ -141,7 +136,7 @@ def diff(one: Plan, other: Plan) -> list[str]:
 
 
 def explain(plan: Plan, layer: str) -> list[str]:
-    """Why a layer, or one of its linears, takes what it takes. Raises SpecError for another name."""
+    """Why a layer, by its name or a linear's, takes what it takes. Else raises SpecError."""
     for chosen in plan.choice.layers:
         if layer == chosen.layer or layer in chosen.linears:
             return _explained(plan, chosen)
@@ -254,8 +249,8 @@ def _read_layer(entry: Mapping[str, Any]) -> Chosen:
 
 
 def _point(entry: Mapping[str, Any], candidates: Sequence[str]) -> Point:
-    if any(pick < 0 for pick in entry["picks"]):
-        raise IndexError
+    if any(not 0 <= pick < len(candidates) for pick in entry["picks"]):
+        raise ValueError(f"front: a number in {entry['picks']} is no candidate's")
     return Point(
         totals=_read_totals(entry), labels=tuple(candidates[pick] for pick in entry["picks"])
     )
@@ -311,8 +306,3 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"totals.{one.name}: {said} where the layers add up to {found}")
     if any(len(point.labels) != len(choice.layers) for point in plan.front):
         raise ValueError("front: a point has not one candidate for each layer")
-
-
-def _told(error: Exception) -> str:
-    assert not isinstance(error, QuantfleetError)
-    return f"no {error}" if isinstance(error, KeyError) else str(error)

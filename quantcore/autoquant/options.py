@@ -6,7 +6,8 @@ A profile says how often a linear is called with how many tokens; an option's ti
 
 and so are both ends of its interval. Options whose interval overlaps that of the fastest among them
 tie: no measurement told them apart. They are compared by one time, the fastest's, and so on with
-the fastest of the rest. That is what makes two runs choose alike: noise decides nothing.
+the fastest of the rest, so that noise decides little; `may_tie` tells what it may still decide in
+another run.
 
 Errors add up over linears: each is measured alone, with inputs of the unquantized model, as in the
 integer program of HAWQ-V3 (Yao et al. 2020, https://arxiv.org/abs/2011.10680), whose objective is a
@@ -152,6 +153,17 @@ def compared_us(options: Sequence[Option]) -> list[float]:
             fastest = options[at].time
         times[at] = fastest.time_us
     return times
+
+
+def may_tie(one: Time, other: Time) -> bool:
+    """Whether a run that measures anew could find these two to tie, or the slower one faster.
+
+    Twice what their intervals allow: both medians may be found elsewhere in theirs, and intervals
+    as wide around those have to meet.
+    """
+    fast, slow = sorted((one, other), key=lambda time: time.time_us)
+    allowed_us = (fast.high_us - fast.time_us) + (slow.time_us - slow.low_us)
+    return slow.time_us - fast.time_us <= 2 * allowed_us
 
 
 def _sum(options: Iterable[Option]) -> Option:

@@ -102,9 +102,9 @@ def main() -> None:
                 choose(layers, objective, budgets)
                 choices_s.append(time.perf_counter() - began)
         print(
-            f"noise {noise:.0%}: {len(layers)} linears of {len(CANDIDATES)} candidates: a choice "
-            f"takes {min(choices_s):.2f} to {max(choices_s):.2f} s, a front of {len(points)} points "
-            f"{front_s:.1f} s"
+            f"noise {noise:.0%}: {len(layers)} linears of {len(CANDIDATES)} candidates: a "
+            f"choice takes {min(choices_s):.2f} to {max(choices_s):.2f} s, a front of "
+            f"{len(points)} points {front_s:.1f} s"
         )
 
 
