@@ -274,7 +274,8 @@ def _objective(name: Any) -> Objective:
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a finite number")
-    return float(value)
+    number: float = value
+    return number
 
 
 def _whole(value: Any) -> int:

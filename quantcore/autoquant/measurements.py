@@ -130,7 +130,7 @@ class Measurements:
                     for one in fields(HardwareKind)
                     if getattr(other, one.name) != getattr(kind, one.name)
                 )
-                lines.append(f"{len(timings)} measurements are of another kind: {differ}")
+                lines.append(f"times of another kind are ignored ({len(timings)}): {differ}")
         return dict(self.of.get(kind, {})), lines
 
 
