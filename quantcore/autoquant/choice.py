@@ -115,11 +115,21 @@ class Problem:
             "error": [[correction * option.error for option in of] for of in self.options],
         }
         self._all = Program(self.costs)
+        self._kept: dict[tuple[str, ...], list[list[int]]] = {}
+        self._alike: dict[object, list[int]] = {}
+        for layer, of in enumerate(self.options):
+            key = tuple((o.label, o.time, o.num_bytes, o.error) for o in of)
+            self._alike.setdefault(key, []).append(layer)
 
     def least(self, order: Sequence[str], limits: Mapping[str, float]) -> Picks | None:
         """Which option each layer takes; None where nothing keeps the limits."""
         used = {name: self.costs[name] for name in (*order, *(n for n in limits if n not in order))}
-        kept = [_undominated(layer, used) for layer in range(len(self.layers))]
+        if tuple(used) not in self._kept:
+            self._kept[tuple(used)] = [
+                _undominated([costs[layer] for costs in used.values()])
+                for layer in range(len(self.layers))
+            ]
+        kept = self._kept[tuple(used)]
         program = Program(
             {
                 name: [[of[at] for at in options] for of, options in zip(costs, kept, strict=True)]
@@ -160,13 +170,8 @@ class Problem:
 
     def _in_order(self, picks: Sequence[int]) -> Picks:
         """Among layers that cost the same in all, the earlier labels go to the earlier names."""
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for layer, of in enumerate(self.options):
-            alike.setdefault((*((o.label, o.time, o.num_bytes, o.error) for o in of),), []).append(
-                layer
-            )
         ordered = list(picks)
-        for layers in alike.values():
+        for layers in self._alike.values():
             for layer, at in zip(layers, sorted(picks[layer] for layer in layers), strict=True):
                 ordered[layer] = at
         return tuple(ordered)
@@ -203,9 +208,9 @@ def choose(
     )
 
 
-def _undominated(layer: int, costs: Mapping[str, Sequence[Sequence[float]]]) -> list[int]:
-    """Options that no other beats or equals in every cost; of equals, the first label."""
-    of = [tuple(costs[name][layer][at] for name in costs) for at in range(len(_any(costs)[layer]))]
+def _undominated(costs: Sequence[Sequence[float]]) -> list[int]:
+    """One layer's options that no other beats or equals in every cost; of equals, the first."""
+    of = list(zip(*costs, strict=True))
     return [
         at
         for at, mine in enumerate(of)
@@ -216,10 +221,6 @@ def _undominated(layer: int, costs: Mapping[str, Sequence[Sequence[float]]]) -> 
             if other != at
         )
     ]
-
-
-def _any(costs: Mapping[str, Sequence[Sequence[float]]]) -> Sequence[Sequence[float]]:
-    return next(iter(costs.values()))
 
 
 def _chosen(

@@ -35,6 +35,7 @@ from quantcore.errors import QuantizationError
 TOLERANCE = 1e-9
 _SCALE = 1e4  # what is left of a sum, in the solver's numbers: its tolerances are near 1e-6
 _MOST_ROUNDINGS = 4096
+_MOST_SWAPS, _MOST_SWAPPED = 64, 512
 
 Floats = NDArray[np.float64]
 Costs = Mapping[str, Sequence[Sequence[float]]]  # by name of the sum: by layer, by option
@@ -54,15 +55,6 @@ class _Scaled:
     layer_V: NDArray[np.int64]
     value_V: Floats
     limit_RV: Floats
-
-    @property
-    def one_each(self) -> Any:
-        at = (self.layer_V, np.arange(len(self.pairs)))
-        return csr_array((np.ones(len(self.pairs)), at))
-
-    def least_by_layer(self, cost_V: Floats) -> Floats:
-        starts = np.flatnonzero(np.diff(self.layer_V, prepend=-1))
-        return np.minimum.reduceat(cost_V, starts)
 
 
 class Program:
@@ -102,6 +94,8 @@ class Program:
         fitting = [picks for picks in roundings if self._fits(picks, limits)]
         picks = min(fitting, key=lambda picks: self.total(name, picks), default=None)
         if picks is not None:
+            swapped = _swapped(scaled, multiplier_R, picks)
+            picks = swapped if self._fits(swapped, limits) else picks
             core = _no_dearer(scaled, multiplier_R, picks)
             picks = self._solve(self._scaled(name, limits, core), limits) or picks
         else:
@@ -109,25 +103,35 @@ class Program:
         return None if picks is None else (picks, _no_dearer(scaled, multiplier_R, picks))
 
     def _solve(self, scaled: _Scaled, limits: Mapping[str, float]) -> Picks | None:
-        constraints = [LinearConstraint(scaled.one_each, 1, 1)]
-        constraints += [LinearConstraint(row_V, -np.inf, _SCALE) for row_V in scaled.limit_RV]
+        """Layers with one option left add nothing to any sum: the solver does not see them."""
+        free_V = np.bincount(scaled.layer_V)[scaled.layer_V] > 1
+        x_V = np.ones(len(scaled.pairs))
+        if not free_V.any():
+            picks = tuple(option for _, option in scaled.pairs)
+            return picks if self._fits(picks, limits) else None
+        constraints = [LinearConstraint(_one_each(scaled.layer_V[free_V]), 1, 1)]
+        constraints += [
+            LinearConstraint(row_V[free_V], -np.inf, _SCALE) for row_V in scaled.limit_RV
+        ]
         while True:
             result = milp(
-                scaled.value_V,
-                integrality=np.ones(len(scaled.pairs)),
+                scaled.value_V[free_V],
+                integrality=np.ones(free_V.sum()),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
                 options={"mip_rel_gap": 0.0},
             )
             if not _has_answer(result):
                 return None
-            at = _largest(scaled, result.x)
+            x_V[free_V] = result.x
+            at = _largest(scaled, x_V)
             picks = tuple(scaled.pairs[place][1] for place in at)
             if self._fits(picks, limits):
                 return picks
             ruled_out_V = np.zeros(len(scaled.pairs))
             ruled_out_V[at] = 1
-            constraints.append(LinearConstraint(ruled_out_V, -np.inf, len(at) - 1))
+            most = ruled_out_V[free_V].sum() - 1
+            constraints.append(LinearConstraint(ruled_out_V[free_V], -np.inf, most))
 
     def _fits(self, picks: Picks, limits: Mapping[str, float]) -> bool:
         return all(keeps(self.total(name, picks), limit) for name, limit in limits.items())
@@ -179,6 +183,12 @@ def _least_of(costs: Sequence[float], options: Sequence[int]) -> float:
     return min(costs[at] for at in options)
 
 
+def _one_each(layer_V: NDArray[np.int64]) -> Any:
+    """By layer, which pairs are its own."""
+    _, row_V = np.unique(layer_V, return_inverse=True)
+    return csr_array((np.ones(len(row_V)), (row_V, np.arange(len(row_V)))))
+
+
 def _relaxed(scaled: _Scaled) -> tuple[Floats, Floats] | None:
     """The program in real numbers: x, and a multiplier for each limit. None: nothing fits."""
     limited = len(scaled.limit_RV) > 0
@@ -186,7 +196,7 @@ def _relaxed(scaled: _Scaled) -> tuple[Floats, Floats] | None:
         scaled.value_V,
         A_ub=scaled.limit_RV if limited else None,
         b_ub=np.full(len(scaled.limit_RV), _SCALE) if limited else None,
-        A_eq=scaled.one_each,
+        A_eq=_one_each(scaled.layer_V),
         b_eq=np.ones(int(scaled.layer_V[-1]) + 1),
     )
     if not _has_answer(result):
@@ -220,16 +230,55 @@ def _largest(scaled: _Scaled, x_V: Floats) -> list[int]:
     return [int(place) for place in order[np.flatnonzero(np.diff(scaled.layer_V, prepend=-1))]]
 
 
+def _swapped(scaled: _Scaled, multiplier_R: Floats, picks: Picks) -> Picks:
+    """Improved by the best change of two layers at once, as long as one fits that improves.
+
+    The solver would find as good a plan, but has more to look at until then.
+    """
+    lift_V, _ = _lifts(scaled, multiplier_R)
+    near_V = np.sort(np.argsort(lift_V, kind="stable")[:_MOST_SWAPPED])
+    layer_V, value_V = scaled.layer_V[near_V], scaled.value_V[near_V]
+    limit_RV = scaled.limit_RV[:, near_V]
+    at = _places(scaled, picks)
+    for _ in range(_MOST_SWAPS):
+        here_V = at[layer_V]
+        gain_V = value_V - scaled.value_V[here_V]
+        more_RV = limit_RV - scaled.limit_RV[:, here_V]
+        room_R = _SCALE - scaled.limit_RV[:, at].sum(axis=1)
+        fits_VV = layer_V[:, None] != layer_V
+        for more_V, room in zip(more_RV, room_R, strict=True):
+            fits_VV &= more_V[:, None] + more_V <= room
+        gain_VV = np.where(fits_VV, gain_V[:, None] + gain_V, 0.0)
+        one, other = np.unravel_index(gain_VV.argmin(), gain_VV.shape)
+        if gain_VV[one, other] >= -TOLERANCE * _SCALE:
+            break
+        for change in (one, other):
+            at[layer_V[change]] = near_V[change]
+    return tuple(scaled.pairs[place][1] for place in at)
+
+
+def _places(scaled: _Scaled, picks: Picks) -> NDArray[np.int64]:
+    """Where the picks stand among the pairs; all of them do."""
+    picked = [place for place, (layer, option) in enumerate(scaled.pairs) if picks[layer] == option]
+    assert len(picked) == len(picks)
+    return np.array(picked)
+
+
+def _lifts(scaled: _Scaled, multiplier_R: Floats) -> tuple[Floats, float]:
+    """How far each pair lifts the bound on any plan's cost, and that bound."""
+    cost_V = scaled.value_V + multiplier_R @ scaled.limit_RV
+    starts = np.flatnonzero(np.diff(scaled.layer_V, prepend=-1))
+    least_L = np.minimum.reduceat(cost_V, starts)
+    return cost_V - least_L[scaled.layer_V], float(least_L.sum() - _SCALE * multiplier_R.sum())
+
+
 def _no_dearer(scaled: _Scaled, multiplier_R: Floats, picks: Picks) -> Kept:
     """The options that a plan may pick which costs no more than these picks."""
-    picked_V = np.array([picks[layer] == option for layer, option in scaled.pairs])
-    cost_V = scaled.value_V + multiplier_R @ scaled.limit_RV
-    least_L = scaled.least_by_layer(cost_V)
-    bound = least_L.sum() - _SCALE * multiplier_R.sum()
-    slack = scaled.value_V[picked_V].sum() - bound
+    lift_V, bound = _lifts(scaled, multiplier_R)
+    slack = scaled.value_V[_places(scaled, picks)].sum() - bound
     slack += 1e-6 + TOLERANCE * (abs(bound) + _SCALE * multiplier_R.sum())
     kept: Kept = [[] for _ in picks]
-    for (layer, option), lift in zip(scaled.pairs, cost_V - least_L[scaled.layer_V], strict=True):
+    for (layer, option), lift in zip(scaled.pairs, lift_V, strict=True):
         if lift <= slack:
             kept[layer].append(option)
     return kept
