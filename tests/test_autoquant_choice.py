@@ -5,9 +5,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quantcore.autoquant.candidates import candidate_of
 from quantcore.autoquant.choice import Budgets, Objective, choose
@@ -369,6 +371,23 @@ def test_a_budget_that_cannot_be_kept_is_named_with_the_least_that_can_be_had() 
     assert choose(two, "time", Budgets(num_bytes=20, error=3)).totals.time_us == 10
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_least_that_a_refusal_names_is_a_budget_that_can_be_kept(seed: int) -> None:
+    draw = random.Random(seed)
+    options = [
+        option(label, draw.uniform(1, 9), draw.randrange(10**10), draw.random() ** 20)
+        for label in LABELS
+    ]
+    layers = [layer("a", *options[:3]), layer("b", *options[3:])]
+    for name in ("num_bytes", "error", "time_us"):
+        with pytest.raises(SpecError) as told:
+            choose(layers, "time", Budgets(**{name: 1e-300}))
+        least = float(str(told.value).split("write ")[1].split(" or more")[0])
+        totals = choose(layers, "time", Budgets(**{name: least})).totals
+        assert getattr(totals, name) == pytest.approx(least, rel=1e-4)
+
+
 def test_the_correction_for_the_whole_model_counts_in_budgets_and_totals() -> None:
     two = layer("a", option("dense", 8, 16, 0), option("int4 sym g64 plain", 2, 4, 3))
     assert choose([two], "time", Budgets(error=6), correction=2.0).totals.error == 6
@@ -393,3 +412,69 @@ def test_costs_that_are_no_amounts_are_refused() -> None:
         layer("a")
     with pytest.raises(SpecError, match="layers:"):
         choose([], "time", Budgets())
+
+
+@pytest.mark.parametrize("objective", ["time", "error"])
+def test_a_choice_for_many_layers_equals_the_whole_program_given_to_the_solver(
+    objective: Objective,
+) -> None:
+    layers = sorted(model(noise=0.0)[::3], key=lambda one: one.name)
+    uniforms = {of.label: of.totals for of in choose(layers, "time", Budgets()).uniforms}
+    coarse, fine = uniforms["int4 sym g64 triton_tiled"], uniforms["float8 channel triton_tiled"]
+    budgets = Budgets(num_bytes=(coarse.num_bytes + fine.num_bytes) / 2)
+    limit = (coarse.error * fine.error) ** 0.5
+    if objective == "time":
+        budgets = replace(budgets, error=limit)
+    else:
+        budgets = replace(budgets, time_us=(coarse.time_us + fine.time_us) / 2)
+
+    options = [(at, of) for at, one in enumerate(layers) for of in one.options]
+    by_name = {
+        "time_us": np.array([of.time.time_us for _, of in options]),
+        "error": np.array([of.error for _, of in options]),
+        "num_bytes": np.array([float(of.num_bytes) for _, of in options]),
+    }
+    one_each = np.array([[at == number for at, _ in options] for number in range(len(layers))])
+    answer = milp(
+        by_name["time_us" if objective == "time" else "error"]
+        * (1 if objective == "time" else 1e4),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each.astype(float), 1, 1),
+            *(
+                LinearConstraint(by_name[name] / most, -np.inf, 1)
+                for name, most in budgets.limits().items()
+            ),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    totals = choose(layers, objective, budgets).totals
+    found = totals.time_us if objective == "time" else totals.error * 1e4
+    assert found == pytest.approx(answer.fun, rel=1e-7)
+    assert found > 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers=problems(), noise=st.sampled_from([0.5, 1.0, 2.5]))
+def test_with_noise_a_uniform_plan_is_faster_by_what_no_measurement_tells_apart_alone(
+    layers: list[Layer], noise: float
+) -> None:
+    noisy = [
+        replace(one, options=tuple(_with_noise(of, noise) for of in one.options)) for one in layers
+    ]
+    choice = choose(noisy, "time", Budgets())
+    mine = {chosen.layer: chosen for chosen in choice.layers}
+    for one in noisy:
+        chosen = mine[one.name]
+        fastest = min(one.options, key=lambda of: of.time.time_us)
+        assert chosen.option.time.low_us <= fastest.time.high_us
+        assert chosen.option == fastest or fastest.label in chosen.ties
+        tied = [of for of in one.options if of.time.low_us <= fastest.time.high_us]
+        assert chosen.option.error == min(of.error for of in tied)
+    for uniform in choice.uniforms:
+        assert choice.totals.time_us <= uniform.totals.time_us + 2 * noise * len(noisy)
+
+
+def _with_noise(of: Option, noise: float) -> Option:
+    return option(of.label, of.time.time_us, of.num_bytes, of.error, noise)

@@ -274,11 +274,21 @@ def _infeasible(problem: Problem, limits: Mapping[str, float]) -> str:
         assert picks is not None
         least = problem.total(name, picks)
         if not keeps(least, limit):
-            within = " and ".join(f"{kept:.6g} {_WORDS[other]}" for other, kept in before.items())
+            within = " and ".join(
+                f"{_figure(other, kept)} {_WORDS[other]}" for other, kept in before.items()
+            )
             within = f" within {within}" if within else ""
             return (
-                f"budget of {_WORDS[name]}: no plan{within} has {limit:.6g} or less: "
-                f"write {least:.6g} or more, the least that can be had"
+                f"budget of {_WORDS[name]}: no plan{within} has {_figure(name, limit)} or less: "
+                f"write {_figure(name, least)} or more, the least that can be had"
             )
         before[name] = limit
     raise AssertionError("each budget can be kept with those before it, and all together cannot")
+
+
+def _figure(name: str, amount: float) -> str:
+    """Rounded up, so that it can be written as a budget."""
+    if name == "num_bytes":
+        return str(math.ceil(amount))
+    short = f"{amount:.6g}"
+    return short if float(short) >= amount else f"{amount * (1 + 1e-5):.6g}"
