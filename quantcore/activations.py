@@ -4,7 +4,7 @@ A symmetric integer grid spreads max|x| over 2**bits - 1 steps, as for weights (
 with a zero point spreads the extremes, 0 among them; a float8 grid carries max|x| to its largest
 value. A dynamic scheme finds its scale while serving: one for every token, or, where weights have
 one scale for a whole tensor, one for all tokens of a call. A static scheme has one, found in
-calibration.
+calibration. quantkernels/rounding has the formulas, and on a GPU does it in a pass.
 
 Shape suffixes: T = tokens, I = in_features.
 """
@@ -12,7 +12,9 @@ Shape suffixes: T = tokens, I = in_features.
 from dataclasses import dataclass
 
 import torch
-from quantkernels.grids import GridName, nearest, values
+from quantkernels import rounding
+from quantkernels.grids import GridName, values
+from quantkernels.rounding import InputGrid
 from torch import Tensor
 
 from quantcore.schemes import Activations, FloatGrid, Scheme
@@ -22,7 +24,9 @@ def static_scale(largest_I: Tensor, scheme: Scheme, stored: torch.dtype) -> floa
     """The scale of all tokens, from the largest magnitudes seen, as the `stored` dtype has it."""
     activations = scheme.activations
     assert activations is not None
-    scale = float(_symmetric_scale(largest_I.amax(), activations).to(stored).item())
+    grid = activations.grid
+    largest = largest_I.amax().float()
+    scale = float((largest * 2 / (grid.highest - grid.lowest)).to(stored).item())
     return scale if scale > 0 else 1.0
 
 
@@ -31,12 +35,12 @@ class ServedInputs:
     """Activations on their grid."""
 
     codes_TI: Tensor  # int8; of float8, its bits
-    scale: Tensor  # float32: (T, 1), or of one entry for all
+    scale: Tensor  # float32: (T, 1), or () for all
     zero: Tensor  # the same, in whole numbers
 
     def values(self, activations: Activations) -> Tensor:
         """What the codes stand for, float32."""
-        return values(_grid_name(activations), self.codes_TI, self.scale, self.zero)
+        return values(_input_grid(activations).name, self.codes_TI, self.scale, self.zero)
 
 
 def served_inputs(
@@ -46,19 +50,14 @@ def served_inputs(
 
     `input_scale` is the scale of a static scheme; without one, the activations get their own.
     """
-    activations = scheme.activations
-    assert activations is not None
-    grid = activations.grid
-    x32_TI = x_TI.float()
-    if input_scale is None:
-        scale, zero = _dynamic(x32_TI, activations, whole=scheme.per_tensor)
-    else:
+    assert scheme.activations is not None
+    grid = _input_grid(scheme.activations)
+    if input_scale is not None:
         if not isinstance(input_scale, Tensor):
-            input_scale = torch.tensor(input_scale, device=x_TI.device)
-        scale = input_scale.float()
-        zero = torch.zeros_like(scale)
-    ends = (grid.lowest, grid.highest)
-    return ServedInputs(nearest(_grid_name(activations), x32_TI, scale, zero, ends), scale, zero)
+            input_scale = torch.full((), input_scale, dtype=torch.float32, device=x_TI.device)
+        return ServedInputs(*rounding.by_scale(x_TI, input_scale, grid))
+    find = rounding.by_tensor if scheme.per_tensor else rounding.by_token
+    return ServedInputs(*find(x_TI, grid))
 
 
 def fake_quantize(
@@ -71,25 +70,7 @@ def fake_quantize(
     return served_inputs(x_TI, scheme, input_scale).values(activations).to(x_TI.dtype)
 
 
-def _grid_name(activations: Activations) -> GridName:
-    return "float8" if isinstance(activations.grid, FloatGrid) else "affine"
-
-
-def _dynamic(x_TI: Tensor, activations: Activations, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each token, (T, 1), or of all."""
-    low, high = x_TI.amin(-1, keepdim=True), x_TI.amax(-1, keepdim=True)
-    if whole and low.shape[0]:
-        low, high = low.amin(), high.amax()
-    if activations.symmetric:
-        scale = _symmetric_scale(torch.maximum(-low, high), activations)
-        return torch.where(scale > 0, scale, 1.0), torch.zeros_like(scale)
-    ends = (activations.grid.lowest, activations.grid.highest)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / (ends[1] - ends[0])
-    scale = torch.where(scale > 0, scale, 1.0)
-    return scale, (ends[0] - low / scale).round().clamp(*ends)
-
-
-def _symmetric_scale(largest: Tensor, activations: Activations) -> Tensor:
+def _input_grid(activations: Activations) -> InputGrid:
     grid = activations.grid
-    return largest.float() * 2 / (grid.highest - grid.lowest)
+    name: GridName = "float8" if isinstance(grid, FloatGrid) else "affine"
+    return InputGrid(name, grid.lowest, grid.highest, activations.symmetric)

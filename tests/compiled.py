@@ -4,6 +4,10 @@ In a process of its own: where tests run without a GPU, Triton interprets.
 """
 
 import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +24,18 @@ POINTERS = {
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
 # kernel, codes, size of a group, zero point, PTX or plain operations, other constants
 CASES: list[Case] = [
-    ("_linear", "int4", 128, "none", True, {}),
-    ("_linear", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
-    ("_linear", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
-    ("_linear", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
-    ("_linear", "float8", 0, "none", True, {"EVEN": False}),
-    ("_linear", "int4", 32, "affine", False, {"SPLIT": 2}),
-    ("_linear", "float8", 0, "none", False, {}),
+    ("product", "int4", 128, "none", True, {}),
+    ("product", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
+    ("product", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
+    ("product", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "ROWS": 256}),
+    ("product", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "num_warps": 2}),
+    ("product", "float8", 0, "none", True, {"EVEN": False}),
+    ("product", "int4", 32, "affine", False, {"SPLIT": 2}),
+    ("product", "float8", 0, "none", False, {}),
+    ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
+    ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
+    ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
+    ("w8a8", "int4", 128, "none", False, {}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -34,9 +43,10 @@ CASES: list[Case] = [
 
 def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
-) -> dict[str, int]:
+) -> dict[str, int | bool]:
     import triton
-    from quantkernels.weight_only import fused
+    from quantkernels.w8a8 import fused as w8a8
+    from quantkernels.weight_only import fused, product
     from triton.backends.compiler import GPUTarget
 
     dtype = torch.bfloat16
@@ -46,14 +56,28 @@ def compiled(
         "SPLIT": 1, "TURN": 128, "STAGES": 3, "BITS": BITS[kind], "FLOAT8": kind == "float8",
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
-    } | other  # fmt: skip
-    warps = constants.pop("num_warps", 4)
-    kernel = getattr(fused, name)
+    }  # fmt: skip
+    pointers = POINTERS
+    if name == "w8a8":
+        codes = "*fp8e4nv" if kind == "float8" else "*i8"
+        whole = kind != "float8" and group == 0
+        pointers = POINTERS | {
+            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32", "x_zero_ptr": "*fp32",
+            "sums_ptr": "*fp32", "parts_ptr": "*i32" if whole else "*fp32",
+        }  # fmt: skip
+        constants |= {
+            "TILED": True, "BY_TOKEN": True, "ZERO": zero != "none", "INT4": kind == "int4",
+            "PTX": ptx,
+        }  # fmt: skip
+    constants |= other
+    options = {"num_warps": other.get("num_warps", 4)}
+    kernels = {"product": product.product, "_dense": fused._dense, "w8a8": w8a8._linear}
+    kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         argument: "constexpr"
         if argument in constants
-        else POINTERS.get(argument, "*bf16")
+        else pointers.get(argument, "*bf16")
         if argument.endswith("_ptr")
         else "i32"
         for argument in kernel.arg_names
@@ -61,11 +85,38 @@ def compiled(
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, argument in enumerate(kernel.arg_names)
-        if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T")
+        if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T", "codes_O")
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    return {"bytes": len(made.asm["cubin"]), "spilled": made.asm["ptx"].count(".local")}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
+    cubin = made.asm["cubin"]
+    return {
+        "bytes": len(cubin),
+        "spilled": spilled(cubin, tools),
+        "serialized": serialized(cubin, tools),
+    }
+
+
+def spilled(cubin: bytes, tools: Path) -> int:
+    """Bytes of a thread's stack, where registers go that are too many."""
+    told = _told([tools / "cuobjdump", "-res-usage"], cubin)
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", told))
+
+
+def serialized(cubin: bytes, tools: Path) -> bool:
+    """Whether the assembler has every instruction of a matrix unit waited for, which it may."""
+    told = _told([tools / "nvdisasm"], cubin)
+    products, waits = told.count("HGMMA."), told.count("WARPGROUP.DEPBAR")
+    return products > 0 and waits >= products
+
+
+def _told(command: list[str | Path], cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 if __name__ == "__main__":

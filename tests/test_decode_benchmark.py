@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.benchmarks import decode
 from tests.benchmarks.decode import ROWS, Decoder, Row, measure, random_model, run, table
 
-OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False)
+OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False, apart=False)
 
 
 def made() -> nn.Module:
@@ -93,4 +93,4 @@ def test_what_a_shape_does_not_allow_is_said_and_left_out(
     rows = (Row(scheme=None), Row(scheme="int4", group_size=96))
     assert [row.label for row in run(rows, made, prompt(), OPTIONS)] == ["bf16"]
     assert "without int4 sym g96" in capsys.readouterr().out
-    assert decode.WEIGHT_ONLY.keys() <= {"cuda", "xpu"}
+    assert decode.TILED.keys() <= {"cuda", "xpu"}

@@ -6,18 +6,19 @@ by its plain operations and in float16, at sizes that it finishes in a moment.
 
 import importlib.util
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import dense, linear, reference
-from quantkernels.weight_only.configs import Config
 from quantkernels.weight_only.tiles import (
-    Codes,
     Tiles,
     grouping,
     pack_codes,
     pack_groups,
+    program_rows,
     unpack_codes,
     unpack_groups,
 )
@@ -35,7 +36,7 @@ needs_triton = (
     if ON_GPU
     else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
 )
-SMALL = Config(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
+SMALL = Launch(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
 # codes, size of a group, grid, whether there is a zero point
 FORMS: list[tuple[Codes, int | None, str, bool]] = [
     ("int4", 32, "affine", False),
@@ -59,6 +60,15 @@ def codes_of(kind: Codes, rows: int, columns: int) -> Tensor:
     if kind == "float8":  # no NaN among them
         codes_OI = torch.where((codes_OI & 0x7F) == 0x7F, codes_OI ^ 1, codes_OI)
     return codes_OI
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def weight_of(
@@ -153,8 +163,10 @@ def test_the_reference_is_the_formula(
 
 LAUNCHES = [
     SMALL,
-    Config(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
-    Config(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
+    Launch(rows=64, tokens=16, split=3, turn=128, stages=2, warps=2),
+    Launch(rows=128, tokens=16, split=2, turn=256, stages=3, warps=4, early=True),
+    Launch(rows=64, tokens=32, split=2, turn=64, stages=2, warps=4),
+    Launch(rows=32, tokens=32, split=1, turn=256, stages=2, warps=4, early=True),
 ]
 
 
@@ -163,7 +175,7 @@ LAUNCHES = [
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
 def test_the_kernel_is_the_formula(
-    form: tuple[Codes, int | None, str, bool], launch: Config, dtype: torch.dtype
+    form: tuple[Codes, int | None, str, bool], launch: Launch, dtype: torch.dtype
 ) -> None:
     from quantkernels.weight_only import fused
 
@@ -176,6 +188,31 @@ def test_the_kernel_is_the_formula(
         y_TO = fused.linear(x_TI, weight, bias_O, launch)
         most = 4e-3 if dtype == torch.bfloat16 else 8e-4
         assert y_TO.dtype == dtype and relative(y_TO, wanted_TO) < most
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 512)])
+def test_packed_tiles_are_the_references(kind: Codes, shape: tuple[int, int]) -> None:
+    from quantkernels.weight_only import fused
+
+    codes_OI = codes_of(kind, shape[0], shape[1] + 3).to(DEVICE)[:, 2:-1]
+    assert torch.equal(fused.pack_codes(codes_OI, kind), pack_codes(codes_OI, kind))
+
+
+@needs_triton
+def test_no_program_reads_past_the_last_tile() -> None:
+    """Rows are padded to 128; a launch for 256 at a time finds but one tile at the end."""
+    from quantkernels.weight_only import fused
+
+    tall = Launch(rows=256, tokens=16, split=2, turn=128, stages=2, warps=8)
+    heights = {rows: program_rows(rows, tall.rows) for rows in (1, 128, 130, 256, 300, 512)}
+    assert heights == {1: 128, 128: 128, 130: 256, 256: 256, 300: 128, 512: 256}
+    assert program_rows(300, SMALL.rows) == SMALL.rows
+    weight, w_OI = weight_of("int8", None, "affine", False, 300, 256)
+    x_TI = inputs(3, 256, torch.float16)
+    y_TO = fused.linear(x_TI, weight, None, tall)
+    assert relative(y_TO, x_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
 
 
 @needs_triton

@@ -17,7 +17,7 @@ from quantcore.activations import served_inputs
 from quantcore.schemes import FloatGrid
 from quantcore.tensors.tensor import QuantizedTensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def with_bias(y_TO: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ def int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor
 
 
 def takes_int8_by_int8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype in _FLOATS
+    return x_TI.dtype in FLOATS
 
 
 def int8_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
@@ -80,7 +80,7 @@ def int8_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -
 
 
 def takes_float8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype in _FLOATS and x_TI.shape[0] > 0
+    return x_TI.dtype in FLOATS and x_TI.shape[0] > 0
 
 
 def float8_by_float8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantcore.activations import fake_quantize
-from quantcore.tensors import accelerator, cpu, weight_only
+from quantcore.tensors import accelerator, cpu, w8a8, weight_only
 from quantcore.tensors.layouts import Layout
 from quantcore.tensors.tensor import QuantizedTensor
 
@@ -49,10 +49,9 @@ _INT8_CPU = Kernel(cpu.takes_int8, cpu.int8)
 _INT8_BY_INT8_CPU = Kernel(cpu.takes_int8_by_int8, cpu.int8_by_int8)
 _FLOAT8_CPU = Kernel(cpu.takes_float8, cpu.float8_by_float8)
 _INT4_TILED = Kernel(accelerator.takes_int4, accelerator.int4)
-_INT8_BY_INT8 = Kernel(accelerator.takes_int8_by_int8, accelerator.int8_by_int8)
 _WEIGHT_ONLY = Kernel(weight_only.takes, weight_only.multiply)
 _SPARSE_BY_INT8 = Kernel(accelerator.takes_sparse, accelerator.sparse_by_int8)
-_FLOAT8 = Kernel(accelerator.takes_float8, accelerator.float8_by_float8)
+_W8A8 = Kernel(w8a8.takes, w8a8.multiply)
 
 KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
     ("cpu", Layout.INT4_CPU, "int4"): (_INT4_CPU,),
@@ -68,16 +67,12 @@ KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
     ("cuda", Layout.SPARSE_24_CUDA, "int8_dynamic"): (_SPARSE_BY_INT8,),
     ("cuda", Layout.SPARSE_24_CUDA, "int8_static"): (_SPARSE_BY_INT8,),
 }
-for _device in ("cuda", "xpu"):  # an XPU was never at hand; its own int4 tiles are others
-    KERNELS |= {
-        (_device, Layout.PLAIN, "int8_dynamic"): (_INT8_BY_INT8,),
-        (_device, Layout.PLAIN, "int8_static"): (_INT8_BY_INT8,),
-        (_device, Layout.PLAIN, "float8_dynamic"): (_FLOAT8,),
-        (_device, Layout.PLAIN, "float8_static"): (_FLOAT8,),
-        (_device, Layout.TRITON_TILED, "int4"): (_WEIGHT_ONLY,),
-        (_device, Layout.TRITON_TILED, "int8"): (_WEIGHT_ONLY,),
-        (_device, Layout.TRITON_TILED, "float8"): (_WEIGHT_ONLY,),
-    }
+for _device in ("cuda", "xpu"):  # an XPU was never at hand
+    for _scheme in ("int8_dynamic", "int8_static", "float8_dynamic", "float8_static"):
+        KERNELS[_device, Layout.PLAIN, _scheme] = (_W8A8,)
+    for _scheme in ("int4", "int8", "float8"):
+        KERNELS[_device, Layout.TRITON_TILED, _scheme] = (_WEIGHT_ONLY,)
+    KERNELS[_device, Layout.TRITON_TILED, "int8_dynamic_int4"] = (_W8A8,)
 
 
 def kernel_for(x_TI: Tensor, weight: QuantizedTensor) -> Multiply:

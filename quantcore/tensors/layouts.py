@@ -65,7 +65,7 @@ LAYOUTS: dict[Layout, LayoutRule] = {
     ),
     Layout.TRITON_TILED: LayoutRule(
         zero_points=("none", "int", "float"),
-        schemes=("int4", "int8", "float8"),
+        schemes=("int4", "int8", "float8", "int8_dynamic_int4"),
         group_sizes=(None, 32, 64, 128, 256, 512, 1024),
         dtypes=("bfloat16", "float16"),
     ),

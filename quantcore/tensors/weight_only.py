@@ -6,8 +6,9 @@ quantkernels/weight_only. On a CPU the same layout is made dense and multiplied.
 
 from typing import cast
 
+from quantkernels.launches import Codes
 from quantkernels.weight_only import FUSED_DTYPES, Tiles, linear
-from quantkernels.weight_only.tiles import Codes, grouping
+from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
 
 from quantcore.affine import grid_name

@@ -22,7 +22,6 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
     rows_TI = x.reshape(-1, width)
     out_TI = torch.empty(rows_TI.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(width)
-    warps = max(1, min(MOST_WARPS, block // NORM_VALUES_PER_WARP))
     if len(rows_TI):
         _rms_norm[(len(rows_TI),)](
             rows_TI,
@@ -34,9 +33,13 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
             weight_I.stride(0),
             form == "offset",
             block,
-            num_warps=warps,
+            num_warps=norm_warps(block),
         )
     return out_TI.view(x.shape)
+
+
+def norm_warps(block: int) -> int:
+    return max(1, min(MOST_WARPS, block // NORM_VALUES_PER_WARP))
 
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
@@ -95,13 +98,18 @@ def _rms_norm(
     inside = column < width
     stored = tl.load(x_ptr + row * stride_T + column * stride_I, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column * stride_weight, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + column, normed(stored, weight, width, eps, OFFSET), mask=inside)
+
+
+@triton.jit
+def normed(stored, weight, width, eps, OFFSET: tl.constexpr):
+    """A row's norm in the row's dtype; what stands past its width is 0."""
     x = stored.to(tl.float32)
-    normed = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps))
-    if OFFSET:
-        tl.store(out_ptr + column, (normed * (1.0 + weight)).to(stored.dtype), mask=inside)
-    else:
-        rounded = normed.to(stored.dtype).to(tl.float32)
-        tl.store(out_ptr + column, (rounded * weight).to(stored.dtype), mask=inside)
+    unit = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps))
+    factor = 1.0 + weight if OFFSET else weight
+    if not OFFSET:
+        unit = unit.to(stored.dtype).to(tl.float32)
+    return (unit * factor).to(stored.dtype)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import RANGE_CHUNK
+from quantkernels.nearest import to_whole
 from quantkernels.ranges.reference import AffineRange
 
 WEIGHTS = 2048  # that one program holds at a time
@@ -103,11 +104,11 @@ def _search(
             w = tl.load(line_ptr + first * stride_I, mask=inside, other=0.0).to(tl.float32)
             importance = tl.load(importance_ptr + first, mask=first + i < size, other=0.0)
             if ZERO == "float":
-                steps = _whole((w - zero[:, None]) * per_step[:, None])
+                steps = to_whole((w - zero[:, None]) * per_step[:, None])
                 code = tl.minimum(tl.maximum(steps, qmin), qmax)
                 off = w - (code * scale[:, None] + zero[:, None])
             else:
-                steps = _whole(w * per_step[:, None]) + zero[:, None]
+                steps = to_whole(w * per_step[:, None]) + zero[:, None]
                 code = tl.minimum(tl.maximum(steps, qmin), qmax)
                 off = w - (code - zero[:, None]) * scale[:, None]
             error += tl.sum(off * off * importance[None, :], axis=1)
@@ -130,7 +131,7 @@ def _range(low, high, qmin, qmax, SYMMETRIC: tl.constexpr, STORED: tl.constexpr)
     scale = tl.where(scale > 0, scale, 1.0)
     zero = tl.zeros_like(scale)
     if not SYMMETRIC:
-        zero = tl.minimum(tl.maximum(_whole(qmin - tl.math.div_rn(low, scale)), qmin), qmax)
+        zero = tl.minimum(tl.maximum(to_whole(qmin - tl.math.div_rn(low, scale)), qmin), qmax)
     return scale, zero
 
 
@@ -140,9 +141,3 @@ def _offset_range(low, high, qmin, qmax, STORED: tl.constexpr):
     scale = scale.to(STORED).to(tl.float32)
     zero = tl.where(scale > 0, low - qmin * scale, low).to(STORED).to(tl.float32)
     return tl.where(scale > 0, scale, 1.0), zero
-
-
-@triton.jit
-def _whole(x):
-    """The nearest whole number, ties to even: adding 1.5 * 2**23 leaves no bits for less."""
-    return (x + 12582912.0) - 12582912.0

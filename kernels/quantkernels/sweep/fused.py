@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import SWEEP_COLUMNS, SWEEP_PRECISION, SWEEP_SPAN, SWEEP_STEP
+from quantkernels.nearest import to_float8, to_whole
 from quantkernels.sweep.reference import Columns
 
 FEW_ROWS = {"rows": 32, "num_warps": 1}
@@ -106,16 +107,16 @@ def _precision(device: torch.device) -> str:
 def _nearest(moved, scale, per_scale, zero, qmin, qmax, GRID: tl.constexpr):
     """The code of the nearest value of a grid (see quantkernels/grids.py), and that value."""
     if GRID == "affine":
-        whole = _whole(_divided(moved, scale, per_scale))
+        whole = to_whole(_divided(moved, scale, per_scale))
         code = tl.minimum(tl.maximum(whole + zero, qmin), qmax)
         value = (code - zero) * scale
     elif GRID == "offset":
-        whole = _whole(_divided(moved - zero, scale, per_scale))
+        whole = to_whole(_divided(moved - zero, scale, per_scale))
         code = tl.minimum(tl.maximum(whole, qmin), qmax)
         value = code * scale + zero
     else:
         tl.static_assert(GRID == "float8", "this grid is not known here")
-        code, rounded = _float8(_divided(moved, scale, per_scale), qmin, qmax)
+        code, rounded = to_float8(_divided(moved, scale, per_scale), qmin, qmax)
         value = rounded * scale
     return code, value
 
@@ -128,28 +129,6 @@ def _divided(x, scale, per_scale):
     """
     steps = tl.minimum(tl.maximum(x * per_scale, -1e9), 1e9)  # an infinite one has no rest
     return tl.fma(tl.fma(-steps, scale, x), per_scale, steps)
-
-
-@triton.jit
-def _whole(x):
-    """The nearest whole number, ties to even: adding 1.5 * 2**23 leaves no bits for less."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _float8(x, lowest, highest):
-    """The nearest value in e4m3, ties to even, and its bits. By hand: not every device has it."""
-    near = tl.minimum(tl.maximum(x, lowest), highest)
-    size = tl.abs(near)
-    bits = size.to(tl.int32, bitcast=True)
-    bits += ((bits >> 20) & 1) + 0x7FFFF  # of 23 bits of mantissa, three stay
-    normal = bits >> 20
-    low = _whole(size * 512.0)  # below 2**-6 all values are 2**-9 apart
-    small = size < 0.015625
-    code = tl.where(small, low.to(tl.int32), normal - (120 << 3))
-    rounded = tl.where(small, low * 0.001953125, (normal << 20).to(tl.float32, bitcast=True))
-    negative = x.to(tl.int32, bitcast=True) < 0
-    return tl.where(negative, code | 0x80, code), tl.where(negative, -rounded, rounded)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "qmin", "qmax"])

@@ -1,1 +1,1 @@
-"""Launches that were found best: JSON, one file a GPU, for `quantkernels.weight_only.configs`."""
+"""Launches that were found best: JSON, one file a GPU, for `quantkernels.launches`."""

@@ -6,23 +6,23 @@
 
 One entry for any number of tokens. On an accelerator, few tokens read the tiles; for many the
 weight is made dense, a piece of memory that is given back, and multiplied by torch's own product.
-Which it is, and how the kernel is launched, is data (`configs.py`).
+Which it is, and how the kernel is launched, is data (`quantkernels/launches.py`).
 """
 
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-from quantkernels.weight_only import configs, reference
-from quantkernels.weight_only.tiles import Codes, Tiles
+from quantkernels.launches import Codes, Shape, choose, gpu_of
+from quantkernels.weight_only import reference, tiles
+from quantkernels.weight_only.tiles import Tiles
 
 FUSED_DEVICES = ("cuda", "xpu")
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
-__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "Tiles", "dense", "linear"]
+__all__ = ["FUSED_DEVICES", "FUSED_DTYPES", "Tiles", "dense", "linear", "pack"]
 
 
 def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
@@ -55,6 +55,15 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     return reference.dense(weight, dtype)
 
 
+def pack(codes_OI: Tensor, kind: Codes) -> Tensor:
+    """int8 codes, or the bits of float8, as `Tiles.codes_RPBW`."""
+    if codes_OI.device.type in FUSED_DEVICES:
+        from quantkernels.weight_only import fused
+
+        return fused.pack_codes(codes_OI, kind)
+    return tiles.pack_codes(codes_OI, kind)
+
+
 @torch.library.custom_op("quantkernels::weight_only_linear", mutates_args=())
 def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
     x_TI: Tensor,
@@ -84,22 +93,20 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     tokens = x_TI.shape[0]
     if 0 in (tokens, rows, columns):
         return torch.nn.functional.linear(x_TI, x_TI.new_zeros(rows, columns), bias_O)
-    config = configs.choose(weight, tokens, *_gpu(x_TI.device))
-    if config.dense:
+    shape = Shape(
+        kernel="weight_only",
+        codes=weight.kind,
+        group=group,
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+    )
+    launch = choose(shape, *gpu_of(x_TI.device))
+    if launch.other:
         return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
-    return fused.linear(x_TI, weight, bias_O, config)
+    return fused.linear(x_TI, weight, bias_O, launch)
 
 
 @_linear.register_fake
 def _(x_TI: Tensor, *args: Any) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], args[7])
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[str, int]:
-    """Its name, and how many multiprocessors it has."""
-    if device.type == "cuda":
-        cuda = torch.cuda.get_device_properties(device)
-        return cuda.name, cuda.multi_processor_count
-    xpu = torch.xpu.get_device_properties(device)
-    return xpu.name, xpu.max_compute_units

@@ -17,20 +17,17 @@ B = 128 rows of a block, W = 32 words.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-
-Codes = Literal["int4", "int8", "float8"]
+from quantkernels.launches import Codes
 
 ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
 COLUMNS = 256  # to whose multiples rows are padded
-LONGEST = 128  # group
-GROUPS = (32, 64, 128)  # and multiples of 128, and whole rows
+LONGEST = 128  # group; 32 and 64 are the others
 
 BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
 
@@ -51,6 +48,11 @@ def grouping(size: int | None, *, zero: bool) -> int:
     if size is None:
         return LONGEST if zero else 0
     return min(size, LONGEST)
+
+
+def program_rows(rows: int, wanted: int) -> int:
+    """Of a program: those wanted, or a tile's where so many would pass the last tile."""
+    return wanted if _up(rows, ROWS) % wanted == 0 else ROWS
 
 
 def pack_codes(codes_OI: Tensor, kind: Codes) -> Tensor:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from quantkernels.weight_only.tiles import BITS, Codes
+from quantkernels.launches import Codes
+from quantkernels.weight_only.tiles import BITS
 
 
 class _Dtype(NamedTuple):

@@ -1,44 +1,52 @@
-"""How the kernel is launched for a shape: found by a search, kept as data, chosen here.
+"""How a product's kernel is launched for a shape: found by a search, kept as data, chosen here.
 
 Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
-entry is the best launch for codes, group, rows, columns and tokens, with what it and the dense
-product took. A shape that was not tuned takes the nearest that was; a GPU without data takes what
-is usual. Data of another kernel version are left aside with a warning, and so are damaged ones.
+entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
+bfloat16 product took. A shape that was not tuned takes the nearest that was; a GPU without data
+takes what is usual. Data of another version of a kernel are left aside with a warning, and so is a
+damaged file.
 """
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
-from quantkernels.weight_only.tiles import BITS, COLUMNS, Codes, Tiles
+import torch
 
-KERNEL_VERSION = 1  # raised whenever a launch that was tuned may no longer be the best, or exist
+Kernel = Literal["weight_only", "w8a8"]
+Codes = Literal["int4", "int8", "float8"]
+
+# raised whenever a launch that was tuned may no longer be the best, or be one
+VERSIONS: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
+# the same multiprocessors beside another memory: what is not known of one is taken from the other
+SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Launch:
     rows: int  # of a program: 32, 64, 128 or 256
     tokens: int  # of a program: 8 or more
     split: int  # spans of a row's columns
-    turn: int  # columns that are loaded at once: 128 or 256
+    turn: int  # columns that are loaded at once: 64 for 8-bit codes, 128 or 256
     stages: int
     warps: int
-    early: bool = False  # whether values are scaled, and not sums
-    dense: bool = False  # make the weight dense and multiply by that: the rest has no meaning
+    early: bool = False  # weight_only: whether values are scaled, and not sums
+    other: bool = False  # by no kernel of ours: the rest has no meaning
 
     def __post_init__(self) -> None:
         good = (
             self.rows in (32, 64, 128, 256)
             and self.tokens in (8, 16, 32, 64, 128, 256)
             and 1 <= self.split <= 64
-            and self.turn in (128, COLUMNS)
+            and self.turn in (64, 128, 256)
             and 1 <= self.stages <= 8
             and self.warps in (1, 2, 4, 8, 16)
         )
@@ -50,11 +58,12 @@ class Config:
         return cls(**{field.name: document[field.name] for field in fields(cls)})
 
 
-DENSE = Config(rows=128, tokens=64, split=1, turn=128, stages=3, warps=8, dense=True)
+OTHER = Launch(rows=128, tokens=64, split=1, turn=128, stages=3, warps=8, other=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
+    kernel: Kernel
     codes: Codes
     group: int
     rows: int
@@ -65,59 +74,54 @@ class Shape:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
     shape: Shape
-    config: Config
+    launch: Launch
     time_us: float
     dense_us: float  # of the same product by a bfloat16 weight
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self.shape), "config": asdict(self.config), **self._times()}
-
-    def _times(self) -> dict[str, float]:
-        return {"time_us": self.time_us, "dense_us": self.dense_us}
+        times = {"time_us": self.time_us, "dense_us": self.dense_us}
+        return {**asdict(self.shape), "launch": asdict(self.launch), **times}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:
         shape = Shape(**{field.name: document[field.name] for field in fields(Shape)})
-        if shape.codes not in BITS:
-            raise ValueError(f"codes {shape.codes!r}")
-        times = (float(document["time_us"]), float(document["dense_us"]))
+        if shape.kernel not in VERSIONS or shape.codes not in get_args(Codes):
+            raise ValueError(f"no kernel {shape.kernel!r} for codes {shape.codes!r}")
         return cls(
             shape=shape,
-            config=Config.of(document["config"]),
-            time_us=times[0],
-            dense_us=times[1],
+            launch=Launch.of(document["launch"]),
+            time_us=float(document["time_us"]),
+            dense_us=float(document["dense_us"]),
         )
 
 
-def choose(weight: Tiles, tokens: int, gpu: str, units: int) -> Config:
-    """The launch for a weight and a number of tokens, on a GPU by its name and multiprocessors."""
-    rows, columns = weight.features
-    shape = Shape(
-        codes=weight.kind, group=weight.group, rows=rows, columns=columns, tokens=max(1, tokens)
-    )
-    return _chosen(shape, gpu, units)
-
-
 @cache
-def _chosen(shape: Shape, gpu: str, units: int) -> Config:
-    known = [
-        entry
-        for entry in load(gpu)
-        if entry.shape.codes == shape.codes and _tokens_apart(entry.shape, shape) <= 1
-    ]
+def choose(shape: Shape, gpu: str, units: int) -> Launch:
+    """The launch for a shape, on a GPU by its name and its number of multiprocessors."""
+    known = _known(shape, gpu) or _known(shape, SIBLINGS.get(gpu, ""))
     if not known:
         return usual(shape, units)
     nearest = min(known, key=lambda entry: _distance(entry.shape, shape))
-    return nearest.config if nearest.config.dense else _fitted(nearest, shape)
+    return nearest.launch if nearest.launch.other else _fitted(nearest, shape)
 
 
-def usual(shape: Shape, units: int) -> Config:
-    """Without data: enough programs for every multiprocessor, dense from where products bind."""
+def _known(shape: Shape, gpu: str) -> list[Tuned]:
+    return [
+        entry
+        for entry in load(gpu)
+        if entry.shape.kernel == shape.kernel
+        and entry.shape.codes == shape.codes
+        and _tokens_apart(entry.shape, shape) <= 1
+    ]
+
+
+def usual(shape: Shape, units: int) -> Launch:
+    """Without data: programs for every multiprocessor; no kernel of ours where products bind."""
     if shape.tokens > 256:
-        return DENSE
+        return OTHER
     tokens = max(16, 1 << (shape.tokens - 1).bit_length())
     wide = tokens >= 64
-    config = Config(
+    launch = Launch(
         rows=128 if wide else 64,
         tokens=min(tokens, 128),
         split=1,
@@ -126,15 +130,15 @@ def usual(shape: Shape, units: int) -> Config:
         warps=8 if wide else 4,
         early=tokens > 64,
     )
-    programs = -(-shape.rows // config.rows) * -(-shape.tokens // config.tokens)
-    turns = -(-shape.columns // config.turn)
+    programs = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
+    turns = -(-shape.columns // launch.turn)
     split = min(16, max(1, 2 * units // programs), max(1, turns // 4))
-    return replace(config, split=split)
+    return replace(launch, split=split)
 
 
 def load(gpu: str) -> list[Tuned]:
     """What is known of a GPU: from the folder that the environment names, else as shipped."""
-    return _load(gpu, _folder())
+    return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))
 
 
 @cache
@@ -155,22 +159,21 @@ def _load(gpu: str, folder: str) -> list[Tuned]:
 
 
 def parse(text: str) -> list[Tuned]:
-    """Raises ValueError, KeyError or TypeError for data that are damaged or of another version."""
+    """Raises ValueError, KeyError or TypeError for data that are damaged."""
     document = json.loads(text)
-    version = document["kernel_version"]
-    if version != KERNEL_VERSION:
-        raise ValueError(f"they are of kernel version {version}, and this is {KERNEL_VERSION}")
-    return [Tuned.of(entry) for entry in document["weight_only"]]
+    old = [name for name, version in VERSIONS.items() if document["versions"].get(name) != version]
+    entries = [entry for entry in document["launches"] if entry["kernel"] not in old]
+    if len(entries) < len(document["launches"]):
+        warnings.warn(
+            f"tuned launches of another version of {' and '.join(old)} are left aside: make them "
+            "anew with python -m quantkernels.tune",
+            stacklevel=2,
+        )
+    return [Tuned.of(entry) for entry in entries]
 
 
 def file_name(gpu: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in gpu) + ".json"
-
-
-def _folder() -> str:
-    import os
-
-    return os.environ.get(FOLDER_VARIABLE, "")
 
 
 def _texts(places: Iterable[Any]) -> Iterable[str]:
@@ -194,14 +197,24 @@ def _tokens_apart(one: Shape, other: Shape) -> int:
     return abs(heights[0] - heights[1])
 
 
-def _fitted(nearest: Tuned, shape: Shape) -> Config:
+def _fitted(nearest: Tuned, shape: Shape) -> Launch:
     """As many programs as the nearest shape's launch had, by another split."""
-    config = nearest.config
+    launch = nearest.launch
 
     def tiles_of(rows: int, tokens: int) -> int:
-        return -(-rows // config.rows) * -(-tokens // config.tokens)
+        return -(-rows // launch.rows) * -(-tokens // launch.tokens)
 
-    programs = tiles_of(nearest.shape.rows, nearest.shape.tokens) * config.split
-    turns = -(-shape.columns // config.turn)
+    programs = tiles_of(nearest.shape.rows, nearest.shape.tokens) * launch.split
+    turns = -(-shape.columns // launch.turn)
     split = round(programs / max(1, tiles_of(shape.rows, shape.tokens)))
-    return replace(config, split=max(1, min(split, 16, turns)))
+    return replace(launch, split=max(1, min(split, 16, turns)))
+
+
+@cache
+def gpu_of(device: torch.device) -> tuple[str, int]:
+    """Its name, and how many multiprocessors it has."""
+    if device.type == "cuda":
+        cuda = torch.cuda.get_device_properties(device)
+        return cuda.name, cuda.multi_processor_count
+    xpu = torch.xpu.get_device_properties(device)
+    return xpu.name, xpu.max_compute_units

@@ -1,0 +1,104 @@
+"""The launches of fused.py as operators of torch's: torch.compile and torch.export look no deeper.
+
+Their arguments are tensors and numbers: a grid is told by its fields. The values of a norm that are
+not to be kept are a tensor of no rows. Triton is imported by the first call.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from quantkernels.grids import GridName
+from quantkernels.rounding.reference import InputGrid
+
+Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@custom_op("quantkernels::round_by_token", mutates_args=())
+def by_token(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_token(x_TI, _grid(name, qmin, qmax, symmetric))
+
+
+@by_token.register_fake
+def _(x_TI: Tensor, *_grid: object) -> Three:
+    return outputs(x_TI, (*x_TI.shape[:-1], 1))
+
+
+@custom_op("quantkernels::round_by_tensor", mutates_args=())
+def by_tensor(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_tensor(x_TI, _grid(name, qmin, qmax, symmetric))
+
+
+@by_tensor.register_fake
+def _(x_TI: Tensor, *_grid: object) -> Three:
+    return outputs(x_TI, ())
+
+
+@custom_op("quantkernels::round_by_scale", mutates_args=())
+def by_scale(
+    x_TI: Tensor, scale: Tensor, name: str, qmin: int, qmax: int, symmetric: bool
+) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_scale(x_TI, scale, _grid(name, qmin, qmax, symmetric))
+
+
+@by_scale.register_fake
+def _(x_TI: Tensor, scale: Tensor, *_grid: object) -> Three:
+    return outputs(x_TI, ())
+
+
+@custom_op("quantkernels::norm_and_round", mutates_args=())
+def norm(
+    x_TI: Tensor,
+    weight_I: Tensor,
+    eps: float,
+    form: str,
+    scale: Tensor | None,
+    keep: bool,
+    name: str,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+) -> Four:
+    from quantkernels.rounding import fused
+
+    return fused.norm(x_TI, weight_I, eps, form, scale, keep, _grid(name, qmin, qmax, symmetric))
+
+
+@norm.register_fake
+def _(
+    x_TI: Tensor,
+    weight_I: Tensor,
+    eps: float,
+    form: str,
+    scale: Tensor | None,
+    keep: bool,
+    *_grid: object,
+) -> Four:
+    spans = (*x_TI.shape[:-1], 1) if scale is None else ()
+    return *outputs(x_TI, spans), kept(x_TI, keep)
+
+
+def outputs(x_TI: Tensor, spans: tuple[int, ...]) -> Three:
+    """Memory for codes, scales and zero points."""
+    codes_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
+    scale = torch.empty(spans, dtype=torch.float32, device=x_TI.device)
+    return codes_TI, scale, torch.empty_like(scale)
+
+
+def kept(x_TI: Tensor, keep: bool) -> Tensor:
+    """Memory for a norm's values."""
+    shape = x_TI.shape if keep else (0, x_TI.shape[-1])
+    return torch.empty(shape, dtype=x_TI.dtype, device=x_TI.device)
+
+
+def _grid(name: str, qmin: int, qmax: int, symmetric: bool) -> InputGrid:
+    return InputGrid(cast(GridName, name), qmin, qmax, symmetric)

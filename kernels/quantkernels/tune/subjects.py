@@ -1,0 +1,196 @@
+"""What launches are searched for: a product's random weights and inputs, and how it is run.
+
+Shape suffixes: O = out_features, I = in_features, T = tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quantkernels import w8a8, weight_only
+from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape
+from quantkernels.w8a8 import fused as w8a8_fused
+from quantkernels.w8a8 import tiles as w8a8_tiles
+from quantkernels.weight_only import fused as weight_only_fused
+from quantkernels.weight_only import tiles
+from quantkernels.weight_only.tiles import BITS
+
+DTYPE = torch.bfloat16
+SHARED_BYTES = 227 << 10  # of a multiprocessor
+INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
+# rows and warps of a program, and stages: for few tokens and for more
+FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)), (3, 4, 5, 6)
+MORE = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 5)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    weight: Callable[[Shape, str], Any]  # random, on a device; "meta" to compile for
+    inputs: Callable[[Shape, str], Any]
+    run: Callable[[Launch, Any, Any], Tensor]
+    compile: Callable[[Launch, Any, Any], object]
+    dense: Callable[[Any], Tensor]  # the weight's values (O, I), bfloat16
+    served: Callable[[Any], Tensor]  # the inputs' values (T, I), bfloat16
+    bytes: Callable[[Any], int]  # of a weight's codes
+
+
+def candidates(shape: Shape, units: int) -> Iterator[Launch]:
+    """Launches worth a try on so many multiprocessors: they fit one, and give all of them work."""
+    if shape.tokens >= 128:
+        yield OTHER
+    if shape.kernel == "weight_only" and shape.tokens > 2048:
+        return
+    padded = 1 << (shape.tokens - 1).bit_length()
+    widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 256 else (128, 256)
+    for tokens in widths:
+        heights, stages = FEW if tokens <= 16 else MORE
+        for (rows, warps), turn, stage, split, early in product(
+            heights, _turns(shape, tokens), stages, SPLITS, _scalings(shape, tokens)
+        ):
+            launch = Launch(
+                rows=rows,
+                tokens=tokens,
+                split=split,
+                turn=turn,
+                stages=stage,
+                warps=warps,
+                early=early,
+            )
+            if _sensible(launch, shape, units):
+                yield launch
+
+
+def _turns(shape: Shape, tokens: int) -> tuple[int, ...]:
+    if shape.kernel == "w8a8":
+        return (128,)
+    short = (64,) if BITS[shape.codes] == 8 and shape.group <= 64 and tokens > 16 else ()
+    long = (256,) if tokens <= 64 else ()
+    return *short, 128, *long
+
+
+def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
+    """Whether to scale values, or sums, which are the fewer where tokens are few."""
+    if shape.kernel != "weight_only" or shape.group == 0 or tokens < 32:
+        return (False,)
+    return (False, True) if tokens <= 64 else (True,)
+
+
+def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
+    codes = launch.turn * launch.rows * BITS[shape.codes] // 8
+    inputs = launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]
+    tiles = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
+    programs = tiles * launch.split
+    # work for three of four multiprocessors; no more spans than give each eight programs
+    fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
+    fits = (codes + inputs) * launch.stages <= SHARED_BYTES
+    return fits and fills and launch.turn * launch.split <= shape.columns
+
+
+def _codes(shape: Shape, device: str) -> Tensor:
+    size = (shape.rows, shape.columns)
+    if shape.codes == "float8":
+        return torch.randn(size, device=device).to(torch.float8_e4m3fn).view(torch.int8)
+    half = 1 << (BITS[shape.codes] - 1)
+    return torch.randint(-half, half, size, device=device, dtype=torch.int8)
+
+
+def _scale(shape: Shape, device: str) -> Tensor:
+    groups = shape.columns // shape.group if shape.group else 1
+    return (torch.rand(shape.rows, groups, device=device) / 64).to(DTYPE).float()
+
+
+def _weight_only_weight(shape: Shape, device: str) -> tiles.Tiles:
+    empty = torch.empty(4, device=device)
+    meta = device == "meta"
+    return tiles.Tiles(
+        codes_RPBW=empty.to(torch.int16)
+        if meta
+        else tiles.pack_codes(_codes(shape, device), shape.codes),
+        scale=empty
+        if meta
+        else tiles.pack_groups(_scale(shape, device), shape.columns, shape.group),
+        zero=None,
+        kind=shape.codes,
+        grid="float8" if shape.codes == "float8" else "affine",
+        group=shape.group,
+        features=(shape.rows, shape.columns),
+    )
+
+
+def _weight_only_run(launch: Launch, x_TI: Tensor, weight: tiles.Tiles) -> Tensor:
+    if launch.other:
+        return linear(x_TI, weight_only_fused.dense(weight, x_TI.dtype))
+    return weight_only_fused.linear(x_TI, weight, None, launch)
+
+
+def _w8a8_weight(shape: Shape, device: str) -> w8a8_tiles.Tiles8:
+    codes = _codes(shape, device)
+    tiled = shape.codes == "int4"
+    if tiled:
+        codes = w8a8_tiles.pack_codes(codes, shape.codes)
+    rows = -(-shape.rows // 128) * 128
+    return w8a8_tiles.Tiles8(
+        codes=codes.view(torch.float8_e4m3fn) if shape.codes == "float8" else codes,
+        scale=w8a8_tiles.pack_groups(_scale(shape, device), shape.columns, shape.group),
+        sums_O=torch.zeros(rows, device=device) if tiled else None,
+        kind=shape.codes,
+        group=shape.group,
+        features=(shape.rows, shape.columns),
+    )
+
+
+W8a8Inputs = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _w8a8_inputs(shape: Shape, device: str) -> W8a8Inputs:
+    kind: Codes = "float8" if shape.codes == "float8" else "int8"
+    size = Shape(
+        kernel="w8a8", codes=kind, group=0, rows=shape.tokens, columns=shape.columns, tokens=1
+    )
+    codes_TI = _codes(size, device)
+    scale_T = torch.rand(shape.tokens, device=device)
+    zero_T = torch.zeros(shape.tokens, device=device) if shape.codes == "int4" else None
+    return codes_TI.view(torch.float8_e4m3fn) if kind == "float8" else codes_TI, scale_T, zero_T
+
+
+def _w8a8_run(
+    launch: Launch, inputs: W8a8Inputs, weight: w8a8_tiles.Tiles8, *, compile_only: bool = False
+) -> Tensor:
+    codes_TI, scale_T, zero_T = inputs
+    if launch.other and w8a8.vendor.takes(codes_TI, weight, DTYPE):
+        return w8a8.vendor.linear(codes_TI, scale_T, weight, None, DTYPE)
+    return w8a8_fused.linear(
+        codes_TI, scale_T, zero_T, weight, None, DTYPE, launch, compile_only=compile_only
+    )
+
+
+SUBJECTS: dict[Kernel, Subject] = {
+    "weight_only": Subject(
+        weight=_weight_only_weight,
+        inputs=lambda shape, device: torch.randn(
+            shape.tokens, shape.columns, device=device, dtype=DTYPE
+        ),
+        run=_weight_only_run,
+        compile=lambda launch, x_TI, weight: weight_only_fused.linear(
+            x_TI, weight, None, launch, compile_only=True
+        ),
+        dense=lambda weight: weight_only.dense(weight, DTYPE),
+        served=lambda x_TI: x_TI,
+        bytes=lambda weight: weight.codes_RPBW.nbytes,
+    ),
+    "w8a8": Subject(
+        weight=_w8a8_weight,
+        inputs=_w8a8_inputs,
+        run=_w8a8_run,
+        compile=lambda launch, inputs, weight: _w8a8_run(launch, inputs, weight, compile_only=True),
+        dense=lambda weight: w8a8.reference.values(weight).to(DTYPE),
+        served=lambda inputs: (inputs[0].float() * inputs[1][:, None]).to(DTYPE),
+        bytes=lambda weight: weight.codes.nbytes,
+    ),
+}

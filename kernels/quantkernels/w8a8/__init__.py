@@ -1,0 +1,95 @@
+"""y = x W^T of inputs and weights that are both codes: W8A8 in int8 or float8, and W4A8.
+
+    y = s_x (sum_g s_g sum_k q_x q_w  -  z_x sum_k w) + b
+
+Whole codes are summed in int32, exactly, but for a group's sums, which are scaled and added in
+float32. float8 is summed by matrix units, 128 columns at a time, and these sums in float32.
+`fused.py` has the kernel. `vendor.py` has torch's own products for the shapes that they take, used
+where data say that they are faster (`quantkernels/launches.py`). `reference.py` is plain torch.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from quantkernels.launches import Codes, Shape, choose, gpu_of
+from quantkernels.w8a8 import reference, vendor
+from quantkernels.w8a8.tiles import Tiles8
+
+FUSED_DEVICES = ("cuda", "xpu")
+
+__all__ = ["FUSED_DEVICES", "Tiles8", "linear"]
+
+
+def linear(
+    codes_TI: Tensor,
+    scale_T: Tensor,
+    zero_T: Tensor | None,
+    weight: Tiles8,
+    bias_O: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The product in `dtype`, a floating one.
+
+    `codes_TI` are int8, or float8 e4m3 in its own dtype, as the weight's kind has it (int8 beside
+    int4). `scale_T` is float32, one for every token or one for all; `zero_T`, whole numbers in
+    float32, goes with a weight that has `sums_O`. torch.compile and CUDA graphs take it as it is.
+    """
+    assert (zero_T is None) or weight.sums_O is not None
+    y_TO: Tensor = _linear(
+        codes_TI,
+        scale_T.reshape(-1),
+        None if zero_T is None else zero_T.reshape(-1),
+        weight.codes,
+        weight.scale,
+        weight.sums_O,
+        bias_O,
+        weight.kind,
+        weight.group,
+        *weight.features,
+        dtype,
+    )
+    return y_TO
+
+
+@torch.library.custom_op("quantkernels::w8a8_linear", mutates_args=())
+def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
+    codes_TI: Tensor,
+    scale_T: Tensor,
+    zero_T: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    sums_O: Tensor | None,
+    bias_O: Tensor | None,
+    kind: str,
+    group: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = Tiles8(
+        codes=codes,
+        scale=scale,
+        sums_O=sums_O,
+        kind=cast(Codes, kind),
+        group=group,
+        features=(rows, columns),
+    )
+    tokens = codes_TI.shape[0]
+    if codes_TI.device.type not in FUSED_DEVICES or 0 in (tokens, rows, columns):
+        return reference.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype)
+    shape = Shape(
+        kernel="w8a8", codes=weight.kind, group=group, rows=rows, columns=columns, tokens=tokens
+    )
+    launch = choose(shape, *gpu_of(codes_TI.device))
+    if launch.other and vendor.takes(codes_TI, weight, dtype):
+        return vendor.linear(codes_TI, scale_T, weight, bias_O, dtype)
+    from quantkernels.w8a8 import fused
+
+    return fused.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype, launch)
+
+
+@_linear.register_fake
+def _(codes_TI: Tensor, *args: Any) -> Tensor:
+    return codes_TI.new_empty(codes_TI.shape[0], args[8], dtype=args[10])

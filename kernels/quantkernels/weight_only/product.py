@@ -1,0 +1,118 @@
+"""The product's kernel: one tile of the weight after the other, by all warps of a program."""
+
+import triton
+import triton.language as tl
+
+from quantkernels.weight_only import tiles
+from quantkernels.weight_only.ending import finish
+from quantkernels.weight_only.values import joined, settled, values_of
+
+BLOCK = tl.constexpr(tiles.ROWS)
+WORDS = tl.constexpr(tiles.WORDS)
+
+
+@triton.jit
+def product(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,
+    out_ptr,
+    parts_ptr,
+    arrivals_ptr,
+    tokens,
+    rows,
+    columns,
+    turns,
+    x_T,
+    x_I,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    EARLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TURN: tl.constexpr,
+    STAGES: tl.constexpr,
+    BITS: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    EXCESS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    PARTS: tl.constexpr = 16 // BITS
+    PIECE: tl.constexpr = WORDS * PARTS  # columns of a tile
+    PIECES: tl.constexpr = TURN // PIECE
+    GROUPS: tl.constexpr = TURN // GROUP if GROUP > 0 else 0
+    LATE: tl.constexpr = GROUP > 0 and not EARLY
+    LONG: tl.constexpr = GROUP if LATE and GROUP < PIECE else PIECE
+    WIDE: tl.constexpr = LONG if TOKENS > 16 else WORDS  # columns that are multiplied at once
+
+    own = tl.program_id(0)
+    count = tl.num_programs(0) // SPLIT
+    tile, span = own // SPLIT, own % SPLIT
+    first, last = turns * span // SPLIT, turns * (span + 1) // SPLIT
+    across = tl.cdiv(tokens, TOKENS)
+    top = tile // across * ROWS
+    token = tile % across * TOKENS + tl.arange(0, TOKENS)
+    asked = (token < tokens)[None, :]
+    word, column = tl.arange(0, WORDS), tl.arange(0, WIDE)
+    inside = top % BLOCK + tl.arange(0, ROWS)  # of this block of rows, or of the next
+    start = tl.cast(top // BLOCK, tl.int64) * turns + first
+    block = inside // BLOCK * turns
+    codes_ptr += start * (PIECES * BLOCK * WORDS)
+    codes_ptr += (block * (PIECES * BLOCK * WORDS) + inside % BLOCK * WORDS)[:, None]
+    codes_ptr += word[None, :]
+    row_scale_ptr = scale_ptr + top + tl.arange(0, ROWS)
+    group_at = start * (GROUPS * BLOCK) + block * (GROUPS * BLOCK) + inside % BLOCK
+    scale_ptr += group_at
+    zero_ptr += group_at
+    x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * TURN + column[:, None]) * x_I
+    sums = tl.zeros((ROWS, TOKENS), tl.float32)
+    for turn in tl.range(first, last, num_stages=STAGES):
+        for piece in tl.static_range(PIECES):
+            words = tl.load(codes_ptr + piece * (BLOCK * WORDS))
+            parts = ()
+            for part in tl.static_range(PARTS):
+                if GROUP == 0:
+                    scale = tl.full((ROWS,), 1.0, tl.float32)
+                    zero = tl.zeros((ROWS,), tl.float32)
+                elif (piece * PIECE + part * WORDS) % GROUP == 0:
+                    scale = tl.load(scale_ptr + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
+                    zero = tl.zeros((ROWS,), tl.float32)
+                    if ZERO != "none":
+                        zero = tl.load(zero_ptr + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
+                    if LATE:
+                        of_group = tl.zeros((ROWS, TOKENS), tl.float32)
+                values = values_of(
+                    words, scale[:, None], zero[:, None], part, EARLY, x_ptr.dtype.element_ty,
+                    BITS, FLOAT8, ZERO, EXCESS, PTX,
+                )  # fmt: skip
+                parts = parts + (values,)
+                if (part * WORDS + WORDS) % WIDE == 0:
+                    at = x_ptr + (piece * PIECE + part * WORDS + WORDS - WIDE) * x_I
+                    if EVEN:
+                        x = tl.load(at, mask=asked, other=0.0)
+                    else:
+                        left = columns - turn * TURN - (piece * PIECE + part * WORDS + WORDS - WIDE)
+                        x = tl.load(at, mask=asked & (column < left)[:, None], other=0.0)
+                    if LATE:
+                        of_group = settled(tl.dot(joined(parts), x, of_group), PTX)
+                        if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
+                            sums += of_group * scale[:, None]
+                    else:
+                        sums = settled(tl.dot(joined(parts), x, sums), PTX)
+                    parts = ()
+        codes_ptr += PIECES * BLOCK * WORDS
+        scale_ptr += GROUPS * BLOCK
+        zero_ptr += GROUPS * BLOCK
+        x_ptr += TURN * x_I
+
+    row = top + tl.arange(0, ROWS)
+    row_scale = tl.load(row_scale_ptr)[:, None] if GROUP == 0 else 1.0
+    finish(
+        out_ptr, bias_ptr, parts_ptr, arrivals_ptr, sums, row_scale, tile, span, count, row, token,
+        rows, tokens, BIAS, ROWS, TOKENS, SPLIT,
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""Products of codes by codes on CUDA and XPU: the 8-bit schemes that round their inputs.
+
+By our own kernel or by torch's, as quantkernels/w8a8 has it. Integer products are exact, and scaled
+in float32. float8's are summed by matrix units, which keep fewer bits than float32: a float32 model
+is multiplied otherwise. Any shape, any of three floating dtypes.
+"""
+
+from quantkernels.w8a8 import Tiles8, linear
+from quantkernels.weight_only import FUSED_DTYPES
+from quantkernels.weight_only.tiles import grouping
+from torch import Tensor
+
+from quantcore.activations import served_inputs
+from quantcore.schemes import FloatGrid
+from quantcore.tensors.cpu import FLOATS
+from quantcore.tensors.layouts import Layout
+from quantcore.tensors.tensor import QuantizedTensor
+from quantcore.tensors.weight_only import codes_kind
+
+
+def takes(x_TI: Tensor, weight: QuantizedTensor) -> bool:
+    activations = weight.scheme.activations
+    if activations is not None and isinstance(activations.grid, FloatGrid):
+        return x_TI.dtype in FUSED_DTYPES
+    return x_TI.dtype in FLOATS
+
+
+def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
+    activations = weight.scheme.activations
+    assert activations is not None
+    served = served_inputs(x_TI, weight.scheme, weight.input_scale)
+    codes_TI = served.codes_TI
+    if isinstance(activations.grid, FloatGrid):
+        codes_TI = codes_TI.view(activations.grid.dtype)
+    tiled = weight.layout_name == Layout.TRITON_TILED
+    group = grouping(weight.scheme.group_size, zero=False) if tiled else 0
+    made = Tiles8(
+        codes=weight.codes,
+        scale=weight.scale if group else weight.scale.reshape(-1),
+        sums_O=weight.sums,
+        kind=codes_kind(weight.scheme),
+        group=group,
+        features=weight.facts.features,
+    )
+    zero_T = None if activations.symmetric else served.zero
+    return linear(codes_TI, served.scale, zero_T, made, bias_O, x_TI.dtype)

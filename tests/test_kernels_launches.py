@@ -1,0 +1,138 @@
+"""Launches as data: which is taken, and what becomes of bad data."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from quantkernels import launches
+from quantkernels.launches import (
+    FOLDER_VARIABLE,
+    OTHER,
+    VERSIONS,
+    Launch,
+    Shape,
+    Tuned,
+    choose,
+    parse,
+    usual,
+)
+
+H200 = "NVIDIA H200"
+SHAPE = Shape(kernel="weight_only", codes="int4", group=128, rows=28672, columns=4096, tokens=1)
+LAUNCH = Launch(rows=64, tokens=8, split=3, turn=128, stages=4, warps=2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    choose.cache_clear()
+    launches._load.cache_clear()
+    yield
+    choose.cache_clear()
+    launches._load.cache_clear()
+
+
+def written(folder: Path, gpu: str, entries: list[Tuned], **versions: int) -> None:
+    document = {
+        "versions": {**VERSIONS, **versions},
+        "launches": [entry.document() for entry in entries],
+    }
+    (folder / launches.file_name(gpu)).write_text(json.dumps(document))
+
+
+def tuned(shape: Shape, launch: Launch = LAUNCH) -> Tuned:
+    return Tuned(shape=shape, launch=launch, time_us=10.0, dense_us=20.0)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_a_shape_that_was_tuned_takes_its_launch(own: Path) -> None:
+    written(own, "Some GPU", [tuned(SHAPE), tuned(replace(SHAPE, tokens=64), OTHER)])
+    assert choose(SHAPE, "Some GPU", 100) == LAUNCH
+    assert choose(replace(SHAPE, tokens=7), "Some GPU", 100) == LAUNCH
+    assert choose(replace(SHAPE, tokens=60), "Some GPU", 100) == OTHER
+
+
+def test_a_near_shape_keeps_the_number_of_programs(own: Path) -> None:
+    written(own, "Some GPU", [tuned(SHAPE)])
+    smaller = choose(replace(SHAPE, rows=7168), "Some GPU", 100)
+    assert smaller == replace(LAUNCH, split=12)
+    short = choose(replace(SHAPE, rows=64, columns=256), "Some GPU", 100)
+    assert short.split == 2  # it has no more columns to be split
+
+
+def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) -> None:
+    h100 = launches.SIBLINGS[H200]
+    written(own, H200, [tuned(SHAPE)])
+    written(own, h100, [tuned(SHAPE, OTHER), tuned(replace(SHAPE, tokens=128), OTHER)])
+    assert choose(SHAPE, H200, 132) == LAUNCH
+    assert choose(replace(SHAPE, tokens=128), H200, 132) == OTHER
+
+
+def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
+    written(own, "Some GPU", [tuned(SHAPE)])
+    many = replace(SHAPE, tokens=200)
+    assert choose(many, "Some GPU", 100) == usual(many, 100)
+    assert choose(SHAPE, "Another", 100) == usual(SHAPE, 100)
+    assert usual(replace(SHAPE, tokens=4096), 100).other
+    for tokens in (1, 5, 33, 64, 200):
+        for rows, columns in ((1, 1), (300, 100_000), (128_256, 4096)):
+            launch = usual(replace(SHAPE, rows=rows, columns=columns, tokens=tokens), 132)
+            assert 1 <= launch.split <= max(1, columns // launch.turn)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "Expecting"),
+        ("{}", "versions"),
+        ('{"versions": {"weight_only": 2}, "launches": [{"kernel": "weight_only"}]}', "codes"),
+    ],
+)
+def test_damaged_data_are_left_aside_with_a_warning(own: Path, text: str, words: str) -> None:
+    (own / launches.file_name("Some GPU")).write_text(text)
+    with pytest.warns(UserWarning, match=rf"Some_GPU.json are left aside .*{words}"):
+        assert choose(SHAPE, "Some GPU", 100) == usual(SHAPE, 100)
+
+
+def test_data_of_another_version_of_one_kernel_leave_those_of_others(own: Path) -> None:
+    other = replace(SHAPE, kernel="w8a8", codes="int8", group=0)
+    written(own, "Some GPU", [tuned(SHAPE), tuned(other)], weight_only=0)
+    with pytest.warns(UserWarning, match="another version of weight_only are left aside"):
+        assert choose(SHAPE, "Some GPU", 100) == usual(SHAPE, 100)
+    assert choose(other, "Some GPU", 100) == LAUNCH
+
+
+def test_a_launch_that_cannot_be_is_refused() -> None:
+    document = json.loads(json.dumps(tuned(SHAPE).document()))
+    document["launch"]["rows"] = 48
+    with pytest.raises(ValueError, match="cannot be"):
+        Tuned.of(document)
+
+
+def test_bad_own_data_leave_what_is_shipped(own: Path) -> None:
+    (own / launches.file_name(H200)).write_text("{")
+    with pytest.warns(UserWarning, match="left aside"):
+        assert launches.load(H200)
+
+
+def test_what_is_shipped_can_be_read_and_is_better_than_dense() -> None:
+    folder = files("quantkernels") / "tuned"
+    shipped = [file for file in folder.iterdir() if file.name.endswith(".json")]
+    assert {file.name for file in shipped} >= {"NVIDIA_H200.json"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for file in shipped:
+            entries = parse(file.read_text())
+            shapes = [entry.shape for entry in entries]
+            assert len(set(shapes)) == len(shapes)
+            assert all(
+                entry.time_us < entry.dense_us for entry in entries if entry.shape.tokens <= 64
+            )

@@ -1,0 +1,383 @@
+"""Activations to codes: the references against float64, the kernels against those, bit for bit.
+
+On a machine with a GPU the kernels run on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
+which reads subnormal bfloat16 wrongly and stores bfloat16 truncated.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from quantkernels import rounding
+from quantkernels.rounding import InputGrid, operators, reference
+from torch import Tensor
+
+from quantcore.activations import served_inputs
+from quantcore.schemes import Scheme
+from tests.references import float8_values
+
+ON_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if ON_GPU else "cpu"
+NAN, INF = float("nan"), float("inf")
+
+GRIDS = {
+    "int8": InputGrid("affine", -128, 127),
+    "int8 with a zero point": InputGrid("affine", -128, 127, symmetric=False),
+    "int4": InputGrid("affine", -8, 7),
+    "float8": InputGrid("float8", -448, 448),
+}
+SYMMETRIC = [grid for grid in GRIDS.values() if grid.symmetric]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
+SHAPES = [
+    (1, 1),
+    (3, 8),
+    (2, 3, 33),
+    (5, 1000),
+    *(((1, 14_336), (1500, 4096), (8192, 4096), (300, 32_768), (7, 100_000)) if ON_GPU else ()),
+]
+
+Codes = tuple[Tensor, Tensor, Tensor]
+
+grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+symmetric = pytest.mark.parametrize("grid", SYMMETRIC, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+kernels = (
+    pytest.mark.gpu
+    if ON_GPU
+    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
+)
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy, on NaN
+if HAS_TRITON:
+    from quantkernels.forward import fused as fused_forward
+    from quantkernels.rounding import fused
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * 3).to(DEVICE, dtype)
+
+
+def same(found: Codes, wanted: Codes, grid: InputGrid) -> bool:
+    """To the bit, but for the sign of a NaN."""
+    if any(f.shape != w.shape or f.dtype != w.dtype for f, w in zip(found, wanted, strict=True)):
+        return False
+    codes = [given[0].view(torch.uint8).int() for given in (found, wanted)]
+    if grid.name == "float8":
+        codes = [torch.where(code == 0xFF, 0x7F, code) for code in codes]
+    pairs = [codes, *zip(found[1:], wanted[1:], strict=True)]
+    return all(torch.equal(f.nan_to_num(NAN_STANDS), w.nan_to_num(NAN_STANDS)) for f, w in pairs)
+
+
+NAN_STANDS = -12345.0
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel forgets to write is found."""
+
+    def outputs(x_TI: Tensor, spans: tuple[int, ...]) -> Codes:
+        codes_TI, scale, zero = operators.outputs(x_TI, spans)
+        return codes_TI.fill_(0x55), scale.fill_(-77.0), zero.fill_(-77.0)
+
+    monkeypatch.setattr(fused, "outputs", outputs)
+    monkeypatch.setattr(fused, "kept", lambda x_TI, keep: operators.kept(x_TI, keep).fill_(NAN))
+
+
+def in_float64(x: Tensor, grid: InputGrid, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point, by the formulas."""
+    x_TI = x.double().cpu().numpy()
+    axis = None if whole else -1
+    low, high = x_TI.min(axis=axis, keepdims=True), x_TI.max(axis=axis, keepdims=True)
+    if grid.symmetric:
+        scale = np.maximum(np.abs(low), np.abs(high)) / ((grid.qmax - grid.qmin) / 2)
+        return np.where(scale > 0, scale, 1), np.zeros_like(scale)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    scale = np.where(high > low, (high - low) / (grid.qmax - grid.qmin), 1)
+    return scale, np.clip(np.rint(grid.qmin - low / scale), grid.qmin, grid.qmax)
+
+
+def off_nearest(x: Tensor, found: Codes, grid: InputGrid) -> float:
+    """How much farther than the nearest value of its grid a code's may be, in steps."""
+    codes, scale, zero = (part.cpu().numpy() for part in found)
+    steps = x.double().cpu().numpy() / scale
+    if grid.name == "float8":
+        values, bits = float8_values()
+        table = dict(zip(bits.tolist(), values.tolist(), strict=True))
+        coded = np.vectorize(table.__getitem__, otypes=[np.float64])(codes.astype(int))
+    else:
+        values = np.arange(grid.qmin, grid.qmax + 1, dtype=np.float64)
+        steps, coded = steps + zero, codes.astype(np.float64)
+    least = np.abs(steps[..., None] - values).min(axis=-1)
+    return float((np.abs(steps - coded) - least).max())
+
+
+@grids
+@dtypes
+@pytest.mark.parametrize("whole", [False, True])
+def test_scales_and_codes_are_what_the_formulas_say(
+    grid: InputGrid, dtype: torch.dtype, whole: bool
+) -> None:
+    x = random(2, 5, 48, dtype=dtype)
+    x[0, 0], x[0, 1], x[0, 2] = 0.0, x[0, 1].abs(), -x[0, 2].abs()
+    found = (reference.by_tensor if whole else reference.by_token)(x, grid)
+    scale, zero = in_float64(x, grid, whole)
+    assert np.allclose(found[1].cpu().numpy(), scale.reshape(found[1].shape), rtol=3e-7, atol=0)
+    assert np.array_equal(found[2].cpu().numpy(), zero.reshape(found[2].shape))
+    assert off_nearest(x, found, grid) < 1e-4
+
+
+@symmetric
+def test_a_given_scale_is_taken_as_it_is(grid: InputGrid) -> None:
+    x, scale = random(4, 48), torch.tensor([0.75], dtype=torch.bfloat16, device=DEVICE)
+    found = reference.by_scale(x, scale, grid)
+    assert found[1].tolist() == 0.75 and found[1].dtype == torch.float32
+    assert off_nearest(x, found, grid) < 1e-6
+
+
+def test_ties_go_to_even_and_ends_hold() -> None:
+    one = torch.ones((), device=DEVICE)
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e30, INF, -128.5, -1e30, -INF, NAN])
+    found = rounding.by_scale(x.to(DEVICE), one, GRIDS["int8"])[0]
+    assert found.tolist() == [0, 2, 2, 0, -2, 126, 127, 127, 127, -128, -128, -128, 0]
+    x = torch.tensor([17.0, 19.0, 447.0, 1e30, INF, -INF, -1e-9, 2**-10, 3 * 2**-10, NAN])
+    found = rounding.by_scale(x.to(DEVICE), one, GRIDS["float8"])[0]
+    wanted = [16.0, 20.0, 448.0, 448.0, 448.0, -448.0, -0.0, 0.0, 2**-8]
+    values = found.view(torch.float8_e4m3fn).float().tolist()
+    assert values[:-1] == wanted and values[-1] != values[-1]
+    assert found[6] == -128  # a zero with its sign
+
+
+@grids
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_not_finite_is_not_lost(grid: InputGrid, whole: bool) -> None:
+    for poison in (NAN, INF, -INF):
+        x_TI = random(3, 40)
+        clean_TI = x_TI.clone()
+        x_TI[1, 7] = poison
+        codes_TI, scale, zero = (rounding.by_tensor if whole else rounding.by_token)(x_TI, grid)
+        values_TI = (codes_TI.float() - zero) * scale
+        assert not values_TI[1].isfinite().any()
+        if whole:
+            assert not values_TI.isfinite().any()
+        else:
+            kept = [0, 2]
+            wanted = rounding.by_token(clean_TI, grid)
+            assert torch.equal(codes_TI[kept], wanted[0][kept])
+            assert torch.equal(scale[kept], wanted[1][kept])
+
+
+@kernels
+@grids
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_the_kernels_are_their_references(
+    grid: InputGrid, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = random(*shape, dtype=dtype)
+    if x.shape[0] > 2:
+        x[0], x[1] = 0.0, x[1].abs()
+    assert same(fused.by_token(x, grid), reference.by_token(x, grid), grid)
+    assert same(fused.by_tensor(x, grid), reference.by_tensor(x, grid), grid)
+    if grid.symmetric:
+        scale = torch.tensor(0.0123, device=DEVICE, dtype=dtype)
+        assert same(fused.by_scale(x, scale, grid), reference.by_scale(x, scale, grid), grid)
+
+
+@kernels
+@grids
+@pytest.mark.usefixtures("poisoned")
+def test_rows_too_wide_to_be_held(grid: InputGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "HELD", 32)
+    monkeypatch.setattr(fused, "READ", 64)
+    monkeypatch.setattr(fused, "PARTS", 7)
+    x_TI = random(5, 150)
+    x_TI[1, 100], x_TI[2, 149], x_TI[3] = NAN, INF, 0.0
+    for rows_TI in (x_TI, x_TI[3:]):
+        assert same(fused.by_token(rows_TI, grid), reference.by_token(rows_TI, grid), grid)
+        assert same(fused.by_tensor(rows_TI, grid), reference.by_tensor(rows_TI, grid), grid)
+
+
+@kernels
+@grids
+@pytest.mark.usefixtures("poisoned")
+def test_kernels_round_bits_of_any_kind_as_the_references(grid: InputGrid) -> None:
+    """Subnormals, what overflows, infinities, NaN: random bits, in a row of like size or not."""
+    generator = torch.Generator().manual_seed(1)
+    count = 200_000 if ON_GPU else 100
+    bits_TI = torch.randint(-(2**31), 2**31, (count, 8), generator=generator, dtype=torch.int64)
+    far_TI = bits_TI.int().view(torch.float32)
+    exponent_T1 = torch.randint(0, 256, (count, 1), generator=generator, dtype=torch.int64) << 23
+    near_TI = (bits_TI & ~(0xFF << 23) | exponent_T1).int().view(torch.float32)
+    for x_TI in (far_TI.to(DEVICE), near_TI.to(DEVICE)):
+        assert same(fused.by_token(x_TI, grid), reference.by_token(x_TI, grid), grid)
+    for x_T8 in near_TI[:10].to(DEVICE):
+        x_T4 = x_T8.view(2, 4)
+        assert same(fused.by_tensor(x_T4, grid), reference.by_tensor(x_T4, grid), grid)
+
+
+@kernels
+@symmetric
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_is_rounded_as_the_reference_rounds_it(
+    grid: InputGrid, dtype: torch.dtype
+) -> None:
+    x_TI = torch.arange(65_536).to(torch.int16).view(dtype).view(8, 8192).to(DEVICE)
+    for value in (1.0, 0.1, 3e-5, 1e-42, 700.0):
+        scale = torch.tensor(value, device=DEVICE)
+        assert same(fused.by_scale(x_TI, scale, grid), reference.by_scale(x_TI, scale, grid), grid)
+
+
+@kernels
+@grids
+@pytest.mark.usefixtures("poisoned")
+def test_any_strides_and_no_tokens(grid: InputGrid) -> None:
+    wide_TI = random(12, 60)
+    for x_TI in (
+        wide_TI[:, ::2],
+        wide_TI[::3, 11:],
+        wide_TI.t(),
+        wide_TI[:1].expand(7, 60),
+        wide_TI.view(3, 4, 60).transpose(0, 1),
+        wide_TI[:0],
+        wide_TI[0],
+    ):
+        before = x_TI.clone()
+        found = [fused.by_token(x_TI, grid), fused.by_tensor(x_TI, grid)]
+        wanted = [reference.by_token(before, grid), reference.by_tensor(before, grid)]
+        if grid.symmetric:
+            scale = torch.tensor([[0.1]], device=DEVICE)
+            found.append(fused.by_scale(x_TI, scale, grid))
+            wanted.append(reference.by_scale(before, scale, grid))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert same(ours, theirs, grid)
+            assert ours[0].is_contiguous()
+        assert torch.equal(x_TI, before)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    ulps = 16 if found.dtype == torch.float32 else 2
+    step = torch.finfo(found.dtype).eps * wanted.double().abs()
+    return bool(((found.double() - wanted.double()).abs() <= ulps * step + 1e-7).all())
+
+
+@kernels
+@grids
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("form", ["scale", "offset"])
+@pytest.mark.usefixtures("poisoned")
+def test_a_norm_and_its_rounding_in_one(grid: InputGrid, dtype: torch.dtype, form: str) -> None:
+    for shape in ((3, 1), (2, 3, 70), (0, 24), *(((4, 32_768),) if ON_GPU else ())):
+        x, weight_I = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+        for given in [None, torch.tensor(0.05, device=DEVICE)][: 1 + grid.symmetric]:
+            *found, normed = fused.norm(x, weight_I, 1e-5, form, given, True, grid)
+            *wanted, exact = reference.norm(x, weight_I, 1e-5, form, given, grid)
+            assert normed.dtype == dtype and close(normed, exact)
+            if given is None:
+                rounded = reference.by_token(normed, grid)
+            else:
+                rounded = reference.by_scale(normed, given, grid)
+            assert same((found[0], found[1], found[2]), rounded, grid)
+            assert [part.shape for part in found] == [part.shape for part in wanted]
+            *again, nothing = fused.norm(x, weight_I, 1e-5, form, given, False, grid)
+            assert same((again[0], again[1], again[2]), rounded, grid)
+            assert nothing.shape == (0, shape[-1])
+
+
+@kernels
+def test_a_norm_too_wide_to_be_held_and_one_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, weight_I = GRIDS["int8"], random(120, seed=1)[::2]
+    x_TI = random(60, 9).t()
+    wanted = reference.norm(x_TI, weight_I, 1e-5, "scale", None, grid)
+    for held in (64, 32):
+        monkeypatch.setattr(fused, "HELD", held)
+        codes_TI, scale_T1, zero_T1, normed_TI = fused.norm(
+            x_TI, weight_I, 1e-5, "scale", None, True, grid
+        )
+        assert close(normed_TI, wanted[3])
+        rounded = reference.by_token(normed_TI, grid)
+        assert same((codes_TI, scale_T1, zero_T1), rounded, grid)
+
+
+@kernels
+def test_the_entry_point_keeps_a_norms_values_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TI, weight_I, grid = random(3, 16), random(16, seed=1), GRIDS["float8"]
+    for devices in (("cuda", "xpu"), (DEVICE,)):
+        monkeypatch.setattr(rounding, "FUSED_DEVICES", devices)
+        assert rounding.norm(x_TI, weight_I, 1e-5, "scale", grid)[3] is None
+        *_, normed_TI = rounding.norm(x_TI, weight_I, 1e-5, "scale", grid, keep=True)
+        assert normed_TI is not None
+        assert close(normed_TI, fused_forward.rms_norm(x_TI, weight_I, 1e-5, "scale"))
+
+
+SERVED = [
+    Scheme(name="int8_dynamic"),
+    Scheme(name="int8_static"),
+    Scheme(name="int8_dynamic_int4", group_size=32),
+    Scheme(name="float8_dynamic"),
+    Scheme(name="float8_dynamic", per_tensor=True),
+    Scheme(name="float8_static"),
+]
+
+
+def served(x_TI: Tensor, scheme: Scheme) -> Codes:
+    found = served_inputs(x_TI, scheme, 0.03 if scheme.static else None)
+    return found.codes_TI, found.scale, found.zero
+
+
+@kernels
+@pytest.mark.parametrize("scheme", SERVED, ids=Scheme.label)
+def test_a_served_input_is_the_same_by_kernels_and_compiled(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "float8" if scheme.name.startswith("float8") else "int8"
+    inputs = [random(tokens, 64, dtype=torch.float16, seed=tokens) for tokens in (5, 9)]
+    wanted = [served(x_TI.cpu(), scheme) for x_TI in inputs]
+    monkeypatch.setattr(rounding, "FUSED_DEVICES", (DEVICE,))
+    torch._dynamo.reset()
+    compiled: Callable[..., Codes] = torch.compile(
+        served, fullgraph=True, dynamic=True, backend="inductor" if ON_GPU else "aot_eager"
+    )
+    for x_TI, theirs in zip(inputs, wanted, strict=True):
+        for ours in (served(x_TI, scheme), compiled(x_TI, scheme)):
+            on_cpu = (ours[0].cpu(), ours[1].cpu(), ours[2].cpu())
+            assert same(on_cpu, theirs, GRIDS[name])
+    torch._dynamo.reset()
+
+
+@kernels
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_operators_keep_torchs_rules(tokens: int) -> None:
+    """No result shares memory with an argument, and none has another shape than was promised."""
+    x_TI, weight_I, fields = random(40, tokens).t(), random(40), GRIDS["int8"].fields
+    scale = torch.tensor([0.1], device=DEVICE)
+    tests = ("test_schema", "test_faketensor")
+    for operator, args in (
+        (operators.by_token, (x_TI, *fields)),
+        (operators.by_tensor, (x_TI, *fields)),
+        (operators.by_scale, (x_TI, scale, *fields)),
+        (operators.norm, (x_TI, weight_I, 1e-5, "scale", None, True, *fields)),
+        (operators.norm, (x_TI, weight_I, 1e-5, "scale", scale, False, *fields)),
+    ):
+        torch.library.opcheck(operator, args, test_utils=tests)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SERVED, ids=Scheme.label)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_nothing_waits_and_a_graph_plays_it_again(scheme: Scheme, tokens: int) -> None:
+    grid = GRIDS["float8" if scheme.name.startswith("float8") else "int8"]
+    x_TI = random(tokens, 4096, dtype=torch.bfloat16)
+    served(x_TI, scheme)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # refuses what waits
+        found = served(x_TI, scheme)
+    other_TI = random(tokens, 4096, dtype=torch.bfloat16, seed=1) * 5
+    x_TI.copy_(other_TI)
+    graph.replay()
+    assert same(found, served(other_TI, scheme), grid)

@@ -1,0 +1,163 @@
+"""Products of 8-bit inputs: tiles, reference, and the Triton kernel beside it.
+
+On a machine with a GPU the kernel runs on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
+which knows no float8 product.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from quantkernels.launches import Codes, Launch
+from quantkernels.w8a8 import reference
+from quantkernels.w8a8.tiles import Tiles8, pack_codes, pack_groups, unpack_codes
+from torch import Tensor
+
+from tests.references import float8_values
+
+ON_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cuda" if ON_GPU else "cpu"
+needs_triton = (
+    pytest.mark.gpu
+    if ON_GPU
+    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
+)
+# codes, size of a group, whether inputs have a zero point, whether one scale for all of them
+FORMS: list[tuple[Codes, int | None, bool, bool]] = [
+    ("int8", None, False, False),
+    ("int8", None, False, True),
+    ("float8", None, False, False),
+    ("float8", None, False, True),
+    ("int4", 32, True, False),
+    ("int4", 64, True, False),
+    ("int4", 128, True, False),
+    ("int4", 256, True, False),
+    ("int4", None, True, False),
+]
+LAUNCHES = [
+    Launch(rows=64, tokens=16, split=1, turn=128, stages=2, warps=4),
+    Launch(rows=128, tokens=32, split=3, turn=128, stages=3, warps=4),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What torch.empty gives is NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def values_of(codes: Tensor, kind: Codes) -> np.ndarray:
+    whole = codes.cpu().view(torch.int8).numpy()
+    if kind != "float8":
+        return whole.astype(np.float64)
+    values, bits = float8_values()
+    table = dict(zip(bits.astype(np.int8).tolist(), values.tolist(), strict=True))
+    return np.vectorize(table.__getitem__, otypes=[np.float64])(whole.astype(int))
+
+
+def codes_of(kind: Codes, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    if kind == "int4":
+        return torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
+    codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    return torch.where((codes & 0x7F) == 0x7F, codes ^ 1, codes) if kind == "float8" else codes
+
+
+def weight_of(
+    kind: Codes, size: int | None, zero: bool, *shape: int, tiled: bool = True
+) -> tuple[Tiles8, np.ndarray]:
+    rows, columns = shape
+    codes_OI = codes_of(kind, rows, columns)
+    groups = -(-columns // size) if size else 1
+    scale_OG = torch.rand(rows, groups, generator=torch.Generator().manual_seed(rows)) / 64
+    w_OI = values_of(codes_OI, kind)
+    w_OI = w_OI * np.repeat(scale_OG.double().numpy(), -(-columns // groups), axis=1)[:, :columns]
+    group = min(size or 0, 128)
+    sums_O = torch.zeros(-(-rows // 128) * 128)
+    sums_O[:rows] = torch.from_numpy(w_OI.sum(axis=1))
+    packed = (pack_codes(codes_OI, kind) if tiled else codes_OI).to(DEVICE)
+    made = Tiles8(
+        codes=packed.view(torch.float8_e4m3fn) if kind == "float8" else packed,
+        scale=pack_groups(scale_OG, columns, group).to(DEVICE),
+        sums_O=sums_O.to(DEVICE) if zero else None,
+        kind=kind,
+        group=group,
+        features=(rows, columns),
+    )
+    return made, w_OI
+
+
+def inputs_of(
+    kind: Codes, zero: bool, one: bool, *shape: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes_TI = codes_of("float8" if kind == "float8" else "int8", *shape).to(DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    scale_T = torch.rand(1 if one else shape[0], generator=generator).to(DEVICE)
+    zero_T = None
+    if zero:
+        zero_T = torch.randint(-128, 128, (shape[0],), generator=generator).float().to(DEVICE)
+    return codes_TI.view(torch.float8_e4m3fn) if kind == "float8" else codes_TI, scale_T, zero_T
+
+
+def wanted(
+    kind: Codes, served: tuple[Tensor, Tensor, Tensor | None], w_OI: np.ndarray, bias_O: Tensor
+) -> np.ndarray:
+    codes_TI, scale_T, zero_T = served
+    q_TI = values_of(codes_TI, "float8" if kind == "float8" else "int8")
+    if zero_T is not None:
+        q_TI = q_TI - zero_T.double().cpu().numpy()[:, None]
+    y_TO: np.ndarray = (q_TI * scale_T.double().cpu().numpy()[:, None]) @ w_OI.T
+    return y_TO + bias_O.double().cpu().numpy()
+
+
+def relative(actual: Tensor, right: np.ndarray) -> float:
+    difference = actual.double().cpu().numpy() - right
+    return float(np.linalg.norm(difference) / max(np.linalg.norm(right), 1e-30))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 256), (5, 1000)])
+def test_codes_come_back_from_tiles(kind: Codes, shape: tuple[int, int]) -> None:
+    codes_OI = codes_of(kind, *shape)
+    assert torch.equal(unpack_codes(pack_codes(codes_OI, kind), kind, shape), codes_OI)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_reference_is_the_formula(form: tuple[Codes, int | None, bool, bool]) -> None:
+    kind, size, zero, one = form
+    weight, w_OI = weight_of(kind, size, zero, 130, 512)
+    served = inputs_of(kind, zero, one, 7, 512)
+    bias_O = torch.randn(130, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    y_TO = reference.linear(*served, weight, bias_O, torch.float32)
+    assert relative(y_TO, wanted(kind, served, w_OI, bias_O)) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiled", "plain"])
+def test_the_kernel_is_the_formula(
+    form: tuple[Codes, int | None, bool, bool], launch: Launch, tiled: bool
+) -> None:
+    from quantkernels.w8a8 import fused
+
+    kind, size, zero, one = form
+    if kind == "int4" and not tiled:
+        pytest.skip("4-bit codes lie in tiles alone")
+    if kind == "float8" and not ON_GPU:
+        pytest.skip("Triton's interpreter knows no float8 product")
+    for (rows, columns), tokens in itertools.product([(130, 768), (5, 256), (70, 300)], [1, 37]):
+        width = columns // (size or 1) * (size or 1) or 256
+        weight, w_OI = weight_of(kind, size, zero, rows, width, tiled=tiled)
+        served = inputs_of(kind, zero, one, tokens, w_OI.shape[1])
+        bias_O = torch.randn(rows, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        y_TO = fused.linear(*served, weight, bias_O, torch.float32, launch)
+        most = 1e-3 if kind == "float8" else 2e-6
+        assert relative(y_TO, wanted(kind, served, w_OI, bias_O)) < most
