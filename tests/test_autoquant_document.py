@@ -24,7 +24,7 @@ from quantcore.errors import ResourceError, SpecError
 from tests.test_autoquant_choice import layer, option, problems
 
 H200 = HardwareKind(
-    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels=1
+    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels="a:1"
 )
 LAYERS = [
     Layer.joined(
@@ -125,8 +125,8 @@ def test_what_differs_between_plans_is_told_linear_by_linear() -> None:
         ),
     )
     assert diff(fast, tied) == [
-        "hardware: NVIDIA H200, driver 570.1, torch 2.11.0, triton 3.6.0, kernels 1 -> "
-        "NVIDIA H200, driver 580.2, torch 2.11.0, triton 3.6.0, kernels 1",
+        "hardware: NVIDIA H200, driver 570.1, torch 2.11.0, triton 3.6.0, kernels a:1 -> "
+        "NVIDIA H200, driver 580.2, torch 2.11.0, triton 3.6.0, kernels a:1",
         "profile: mix (128 x 1 tokens + 128 x 16 tokens + 1 x 2048 tokens) -> "
         "decode_1 (1 x 1 tokens)",
         "in total: 16.25 us, 32 bytes, error 1.25 -> 16 us, 32 bytes, error 1.75",

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantkernels.launches import VERSIONS
 
 from quantcore.autoquant.candidates import candidate_of
 from quantcore.autoquant.measurements import (
@@ -22,9 +23,9 @@ from quantcore.autoquant.options import PROFILES, Profile, Time, profiled
 from quantcore.errors import SpecError, StoreError
 
 H200 = HardwareKind(
-    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels=1
+    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels="a:1"
 )
-CPU = HardwareKind(device="cpu", name="Some CPU", torch="2.13.0", kernels=1, threads=2)
+CPU = HardwareKind(device="cpu", name="Some CPU", torch="2.13.0", kernels="a:1", threads=2)
 PRODUCT = Product(
     candidate=candidate_of("int4 sym g128 triton_tiled"),
     dtype="bfloat16",
@@ -109,7 +110,7 @@ def test_the_better_known_of_two_is_kept() -> None:
 
 
 def test_times_of_another_kind_are_kept_but_not_used_and_named() -> None:
-    stale = replace(H200, torch="2.10.0", kernels=2)
+    stale = replace(H200, torch="2.10.0", kernels="a:2")
     known = merged([only(TIMING), only(TIMING, stale), only(TIMING, CPU)])
     usable, ignored = known.of_kind(H200)
     assert usable == {PRODUCT: TIMING}
@@ -117,7 +118,8 @@ def test_times_of_another_kind_are_kept_but_not_used_and_named() -> None:
         "times of another kind are ignored (1): device cpu and not cuda, name Some CPU and not "
         "NVIDIA H200, driver none and not 570.1, torch 2.13.0 and not 2.11.0, triton none and "
         "not 3.6.0, threads 2 and not none",
-        "times of another kind are ignored (1): torch 2.10.0 and not 2.11.0, kernels 2 and not 1",
+        "times of another kind are ignored (1): torch 2.10.0 and not 2.11.0, kernels a:2 and not "
+        "a:1",
     ]
     assert known.of_kind(replace(H200, driver="1"))[0] == {}
     assert parse(written(known)) == known
@@ -142,8 +144,11 @@ def test_a_kind_is_read_from_what_a_worker_says_of_itself() -> None:
         "name": "Some CPU",
         "bfloat16": "none",
     }
-    assert HardwareKind.of(told, kernels=1, threads=2) == CPU
-    assert CPU.label() == "Some CPU, torch 2.13.0, kernels 1, 2 threads"
+    assert HardwareKind.of(told, kernels="a:1", threads=2) == CPU
+    assert CPU.label() == "Some CPU, torch 2.13.0, kernels a:1, 2 threads"
+    assert set(HardwareKind.of(told).kernels.split()) == {
+        f"{kernel}:{version}" for kernel, version in VERSIONS.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_a_kind_is_read_from_what_a_worker_says_of_itself() -> None:
         (("false", "null"), "stopped_early"),
         (('"int4 sym g128 triton_tiled"', "7"), "candidate: 7"),
         (('"bfloat16"', "16"), "dtype: 16"),
-        (('"kernels": 1', '"kernels": "1"'), "kernels: '1' is not a whole number"),
+        (('"kernels": "a:1"', '"kernels": 1'), "kernels: 1 is not text"),
         (('"name": "NVIDIA H200"', '"name": ""'), "device, name"),
     ],
 )

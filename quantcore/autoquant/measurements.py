@@ -18,10 +18,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from quantkernels.launches import VERSIONS
+
 from quantcore.autoquant.candidates import Candidate, candidate_of
 from quantcore.errors import StoreError
 
 VERSION = 1
+# Of every kernel of ours: one of another version may be faster. On a CPU none is ours
+KERNELS = " ".join(f"{name}:{VERSIONS[name]}" for name in sorted(VERSIONS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -33,7 +37,7 @@ class HardwareKind:
     driver: str = ""  # none on a CPU
     torch: str
     triton: str = ""
-    kernels: int  # quantkernels.weight_only.configs.KERNEL_VERSION
+    kernels: str  # versions of our own: KERNELS
     threads: int = 0  # of a CPU
 
     def __post_init__(self) -> None:
@@ -45,7 +49,7 @@ class HardwareKind:
             raise ValueError("device, name: a kind of hardware has both")
 
     @classmethod
-    def of(cls, kind: Mapping[str, str], kernels: int, threads: int = 0) -> Self:
+    def of(cls, kind: Mapping[str, str], kernels: str = KERNELS, threads: int = 0) -> Self:
         """From what a worker says of itself."""
         named = {name: kind[name] for name in ("device", "name", "torch")}
         told = {name: kind.get(name) or "" for name in ("driver", "triton")}
