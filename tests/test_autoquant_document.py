@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from quantcore.autoquant.choice import Budgets, choose
 from quantcore.autoquant.document import (
+    Check,
     Plan,
     diff,
     explain,
@@ -87,6 +88,26 @@ def test_a_plan_says_what_each_linear_becomes_with_a_line_for_each_layer() -> No
         "more_error": 0.5,
     }
     assert file_name(H200) == "plan-NVIDIA_H200.json"
+
+
+def test_checks_are_told_as_predicted_and_measured_and_may_be_missing() -> None:
+    plan = replace(
+        planned(),
+        checks=(
+            Check(plan="int8 sym channel", summed=2.0, predicted=None, measured=0.5),
+            Check(plan="chosen", summed=4.0, predicted=1.25, measured=1.5),
+        ),
+    )
+    document = json.loads(written(plan))
+    assert document["checks"][1] == {
+        "plan": "chosen",
+        "summed": 4.0,
+        "predicted": 1.25,
+        "measured": 1.5,
+    }
+    assert parse(written(plan)) == plan
+    del document["checks"]
+    assert parse(json.dumps(document)) == planned()
 
 
 def test_another_budget_is_chosen_from_a_plan_that_was_read() -> None:
@@ -190,6 +211,8 @@ def _set(document: Any, path: str, value: Any) -> None:
         ("front.0.picks", [-1, 0], "is no candidate's"),
         ("front.0.picks", [0], "not one candidate for each layer"),
         ("front", None, "damaged"),
+        ("checks", [{"plan": "chosen"}], "no 'predicted'"),
+        ("checks", [{"plan": "", "summed": 1, "predicted": 1, "measured": 1}], "not a name"),
     ],
 )
 def test_a_document_that_is_damaged_is_one_clear_error(path: str, value: Any, message: str) -> None:

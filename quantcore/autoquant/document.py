@@ -3,7 +3,8 @@
     {"version": 1,
      "hardware": {...}, "profile": {...}, "objective": "time", "budgets": {...}, "correction": 1.0,
      "totals": {"time_us": ..., "num_bytes": ..., "error": ...},
-     "layers": [one a line, by name], "uniforms": [one a line], "front": [one a line]}
+     "layers": [one a line, by name], "uniforms": [one a line], "front": [one a line],
+     "checks": [one a line]}
 
 Labels stand in the front as numbers of "candidates", one for each layer in the order of "layers".
 """
@@ -33,11 +34,25 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What the whole model moved under a plan, and what the plan's errors had added up to.
+
+    Errors of a scheme were scaled by the check of that scheme alone: its own is no prediction.
+    """
+
+    plan: str  # "chosen", or the scheme that all linears had
+    summed: float  # their errors, before anything scaled them
+    predicted: float | None
+    measured: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     hardware: HardwareKind
     profile: Profile
     choice: Choice
     front: tuple[Point, ...]
+    checks: tuple[Check, ...] = ()  # none: errors add up in a unit of their own
 
     def labels(self) -> dict[str, str]:
         """By linear, the label of what it becomes."""
@@ -75,6 +90,7 @@ def written(plan: Plan) -> str:
             {**asdict(point.totals), "picks": [number[label] for label in point.labels]}
             for point in plan.front
         ],
+        "checks": [asdict(check) for check in plan.checks],
     }
     rows = [f"{json.dumps(name)}: {_dumped(value)}" for name, value in facts.items()]
     rows += [
@@ -221,6 +237,7 @@ def _plan(document: Mapping[str, Any]) -> Plan:
             ),
         ),
         front=tuple(_point(entry, candidates) for entry in document["front"]),
+        checks=tuple(_read_check(entry) for entry in document.get("checks", ())),
     )
 
 
@@ -245,6 +262,16 @@ def _read_layer(entry: Mapping[str, Any]) -> Chosen:
             more_bytes=_whole(second["more_bytes"]),
             more_error=_number(second["more_error"]),
         ),
+    )
+
+
+def _read_check(entry: Mapping[str, Any]) -> Check:
+    predicted = entry["predicted"]
+    return Check(
+        plan=_text(entry["plan"]),
+        summed=_number(entry["summed"]),
+        predicted=None if predicted is None else _number(predicted),
+        measured=_number(entry["measured"]),
     )
 
 

@@ -51,8 +51,9 @@ class HardwareKind:
     @classmethod
     def of(cls, kind: Mapping[str, str], kernels: str = KERNELS, threads: int = 0) -> Self:
         """From what a worker says of itself."""
-        named = {name: kind[name] for name in ("device", "name", "torch")}
-        told = {name: kind.get(name) or "" for name in ("driver", "triton")}
+        # torch's version is a kind of text of its own
+        named = {name: str(kind[name]) for name in ("device", "name", "torch")}
+        told = {name: str(kind.get(name) or "") for name in ("driver", "triton")}
         return cls(**named, **told, kernels=kernels, threads=threads)
 
     def label(self) -> str:
