@@ -36,14 +36,13 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan
 from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
+from quantcore.autoquant.race import Effort
 from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
 from quantcore.tensors.layouts import refusal
 from tests.benchmarks.decode import Decoder, linear_bytes
 from workers.kind import hardware_kind
 from workers.loading import load
-
-CLASSES = ("default", "int4", "float8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +151,8 @@ def main() -> None:
     parser.add_argument(
         "--between", nargs=2, default=("int8 sym channel plain", "int4 sym g64 int4_cpu")
     )
+    parser.add_argument("--candidates", nargs="+", default=("default", "int4"))
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each product")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     prompt = options.prompt
@@ -174,13 +175,14 @@ def main() -> None:
         model = make()
         auto = autoquant(
             model,
-            CLASSES,
+            options.candidates,
             profile=profile,
             budgets=budgets,
             held_out=held_out,
             join=True,
             measurements=known,
             hardware=hardware,
+            effort=Effort(seconds=options.seconds),
         )
         model(recorded)
         known = auto.measurements
