@@ -4,10 +4,10 @@
         --model FOLDER --text FILE --held-out FILE
 
 A plan is made for decode (one token a call), for prefill, and for a mix of both, with errors in
-nats a token, scaled by whole-model checks: without a budget of error, and with one between two
-uniform schemes (`--between`). Then, in turns within one run, each plan, the dense model and every
-uniform plan are timed end to end: a step of one token after a prompt out of a static cache, and a
-prompt.
+nats a token, scaled by whole-model checks: without a budget of error, and, out of its front, with
+one between two uniform schemes (`--between`). Then, in turns within one run, each plan, the dense
+model and every uniform plan are timed end to end: a step of one token after a prompt out of a
+static cache, and a prompt.
 
     predicted   the sum of the plan's linears, and the rest of the model: what the dense model took
                 end to end, less what its linears were timed at; none for a uniform plan that lost
@@ -30,16 +30,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantcore.autoquant import autoquant, restore
-from quantcore.autoquant.candidates import candidate_of
-from quantcore.autoquant.choice import Budgets
+from quantcore.autoquant import autoquant
+from quantcore.autoquant.candidates import DENSE_LABEL, candidate_of, refused
+from quantcore.autoquant.choice import Budgets, Totals
 from quantcore.autoquant.document import Plan
+from quantcore.autoquant.front import within
 from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
 from quantcore.autoquant.race import Effort
 from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
-from quantcore.tensors.layouts import refusal
 from tests.benchmarks.decode import Decoder, linear_bytes
 from workers.kind import hardware_kind
 from workers.loading import load
@@ -90,31 +90,35 @@ def _ms(run: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def uniform(model: nn.Module, label: str) -> None:
-    """The uniform plan: this candidate where it is legal, dense elsewhere."""
-    candidate = candidate_of(label)
-    if candidate.scheme is not None:
-        linears = linears_of(model, None)
-        groups = {name: names for names in joinable(model) for name in names}
-
-        def legal(name: str) -> bool:
-            assert candidate.scheme is not None
-            width, size = linears[name].in_features, candidate.scheme.group_size
-            shapes = [(linears[of].out_features, width) for of in groups.get(name, (name,))]
-            return not (size and width % size) and not any(
-                refusal(candidate.layout, candidate.scheme, shape, "bfloat16", "cpu")
-                for shape in shapes
-            )
-
-        picked = {name for name in linears if legal(name)}
+def swap(model: nn.Module, labels: dict[str, str]) -> None:
+    """By linear, what it becomes."""
+    for label in set(labels.values()) - {DENSE_LABEL}:
+        candidate = candidate_of(label)
+        assert candidate.scheme is not None
         quantize_(
             model,
             candidate.scheme,
-            lambda name, _: name in picked,
+            lambda name, _, label=label: labels.get(name) == label,
             layout=candidate.layout,
             inductor_settings=False,
         )
     join_linears(model)
+
+
+def uniform(model: nn.Module, label: str) -> dict[str, str]:
+    """This candidate where it is legal, dense elsewhere: those that are joined take one."""
+    candidate, linears = candidate_of(label), linears_of(model, None)
+    groups = {name: names for names in joinable(model) for name in names}
+    return {
+        name: label
+        for name in linears
+        if not any(
+            refused(
+                candidate, (linears[of].out_features, linears[of].in_features), "bfloat16", "cpu"
+            )
+            for of in groups.get(name, (name,))
+        )
+    }
 
 
 def end_to_end(runners: dict[str, Runner], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -167,17 +171,16 @@ def main() -> None:
     hardware = HardwareKind.of(kind, threads=torch.get_num_threads())
     make = lambda: load(options.model, torch.bfloat16)  # noqa: E731
     known = Measurements(of={})
-    plans: dict[tuple[str, str], Plan] = {}
-
-    def made(profile: Profile, budgets: Budgets) -> Plan:
-        nonlocal known
+    plans: dict[str, Plan] = {}
+    rows: dict[str, dict[str, Totals]] = {}
+    takes: dict[str, dict[str, str]] = {}
+    for profile in profiles:
         start = time.perf_counter()
         model = make()
         auto = autoquant(
             model,
             options.candidates,
             profile=profile,
-            budgets=budgets,
             held_out=held_out,
             join=True,
             measurements=known,
@@ -185,49 +188,45 @@ def main() -> None:
             effort=Effort(seconds=options.seconds),
         )
         model(recorded)
-        known = auto.measurements
-        assert auto.plan is not None
-        seconds = time.perf_counter() - start
-        print(f"{profile.name}, {budgets}: planned in {seconds:.1f} s", flush=True)
-        for check in auto.plan.checks:
-            print(f"    {check}", flush=True)
-        return auto.plan
-
-    for profile in profiles:
-        plan = plans[profile.name, "fastest"] = made(profile, Budgets())
-        errors = {of.label: of.totals.error for of in plan.choice.uniforms}
-        budget = statistics.mean(errors[label] for label in options.between)
-        plans[profile.name, f"{budget:.3g} nats"] = made(profile, Budgets(error=budget))
+        known, plan = auto.measurements, auto.plan
+        assert plan is not None
+        plans[profile.name] = plan
+        print(f"{profile.name}: planned in {time.perf_counter() - start:.1f} s", flush=True)
+        print("\n".join(f"    {check}" for check in plan.checks), flush=True)
+        uniforms = {of.label: of.totals for of in plan.choice.uniforms}
+        budget = statistics.mean(uniforms[label].error for label in options.between)
+        point = within(plan.front, Budgets(error=budget))
+        assert point is not None
+        short = f"{profile.name}, {budget:.3g} nats"
+        rows[profile.name] = {profile.name: plan.choice.totals, short: point.totals, **uniforms}
+        takes[profile.name] = plan.labels()
+        takes[short] = {
+            linear: label
+            for layer, label in zip(plan.choice.layers, point.labels, strict=True)
+            for linear in layer.linears
+        }
 
     runners: dict[str, Runner] = {}
-    for key, plan in plans.items():
+    for label in sorted({label for of in rows.values() for label in of}):
         model = make()
-        restore(model, plan, hardware=hardware, join=True)
-        runners[" ".join(key)] = Runner(model, held_out[0][:, :prompt], options.steps)
-    labels = sorted({of.label for plan in plans.values() for of in plan.choice.uniforms})
-    for label in labels:
-        model = make()
-        uniform(model, label)
+        swap(model, takes[label] if label in takes else uniform(model, label))
         runners[label] = Runner(model, held_out[0][:, :prompt], options.steps)
         gc.collect()
     times = end_to_end(runners, options.rounds)
 
     figures = []
     for profile in profiles:
-        first = plans[profile.name, "fastest"]
-        uniforms = {of.label: of.totals for of in first.choice.uniforms}
-        dense = statistics.median(mixed(times["dense"], profile, prompt))
-        rest_ms = dense - uniforms["dense"].time_us / 1e3
+        totals_of = rows[profile.name]
+        dense = statistics.median(mixed(times[DENSE_LABEL], profile, prompt))
+        rest_ms = dense - totals_of[DENSE_LABEL].time_us / 1e3
         print(f"\n{profile.name}: the rest of the model takes {rest_ms:.2f} ms", flush=True)
-        rows = {f"{name} {which}": plan.choice.totals for (name, which), plan in plans.items()}
-        rows = {name: of for name, of in rows.items() if name.startswith(profile.name)} | uniforms
-        for name, totals in rows.items():
+        for name, totals in totals_of.items():
             of = sorted(mixed(times[name], profile, prompt))
-            timed = name not in uniforms or totals.num_bytes == runners[name].linear_bytes
+            timed = name in takes or totals.num_bytes == runners[name].linear_bytes
             figures.append(
                 Figures(
                     profile=profile.name,
-                    plan=name.removeprefix(profile.name + " "),
+                    plan=name,
                     predicted_ms=rest_ms + totals.time_us / 1e3 if timed else None,
                     measured_ms=statistics.median(of),
                     low_ms=of[len(of) // 5],
