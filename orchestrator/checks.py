@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -15,11 +15,18 @@ from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import CalibrationSpec, EvaluationSpec, JobSpec
 from orchestrator.admission import Prediction, peak
 from orchestrator.fitting import Admitted, Job
-from orchestrator.machines import choose_fleet, unshared
-from orchestrator.planning import make_plan, plan_layers
+from orchestrator.machines import Chosen, choose_fleet, unshared
+from orchestrator.planning import PLAN, make_plan, plan_layers
 from orchestrator.statistics import Statistics, read_index
 from orchestrator.team import Team, admit_team
-from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
+from quantcore.errors import (
+    Fault,
+    JobFaults,
+    QuantfleetError,
+    ResourceError,
+    SourceError,
+    StoreError,
+)
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
 from workers.capacity import Disk, disk
@@ -32,6 +39,9 @@ from workers.machine import Machine, look
 from workers.plan import MIXED, Plan
 from workers.sources import ModelSource, open_source
 from workers.store import LocalStore, missing_parents, open_store, probe
+
+if TYPE_CHECKING:
+    from orchestrator.planned import Planned
 
 T = TypeVar("T")
 
@@ -49,6 +59,7 @@ class Prepared:
     sources: dict[str, int] = field(default_factory=dict)  # sequences by task and split
     notes: tuple[str, ...] = ()  # of what was allowed and may not have been meant
     statistics: Statistics | None = None  # that stand for texts
+    planned: "Planned | None" = None  # what a plan says, with method: plan
 
     @property
     def device(self) -> str:
@@ -152,14 +163,16 @@ def prepare(
         findings.attempt(
             "output.store", lambda: probe(open_store(store, conditional_writes=conditional))
         )
+    planned, plan_notes = _planned(spec, architecture, fleet or (), findings)
     plan, team = None, None
-    if source and architecture:
+    if source and architecture and (planned or not spec.quantization.plan):
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
             message = f"the model has {count} blocks: write {count} shards or fewer"
             findings.add(Fault(field="calibration.shards", message=message))
             raise JobFaults(str(document.path), findings.faults)
-        blocks, head, layer_faults = plan_layers(spec, architecture)
+        schemes = planned.schemes if planned else None
+        blocks, head, layer_faults = plan_layers(spec, architecture, schemes)
         findings.add(*layer_faults)
         if fleet and not layer_faults:
             kind = MIXED if spec.workers.kind == "mixed" else fleet[0].kind
@@ -183,8 +196,9 @@ def prepare(
         team=team,
         tokens_digest=digest(windows.ids_SL) if windows else None,
         sources=windows.sources if windows else {},
-        notes=windows.notes if windows else (),
+        notes=(*plan_notes, *(windows.notes if windows else ())),
         statistics=statistics,
+        planned=planned,
     )
 
 
@@ -314,6 +328,32 @@ def _statistics(
     return findings.attempt(
         "calibration.statistics", lambda: read_index(open_store(url), architecture)
     )
+
+
+def _planned(
+    spec: JobSpec,
+    architecture: Architecture | None,
+    fleet: Sequence[Chosen],
+    findings: _Findings,
+) -> tuple["Planned | None", tuple[str, ...]]:
+    """The plan that the job names, if it may be used, with what is to be known of it."""
+    named = spec.quantization.plan
+    if named is None:
+        return None, ()
+    from orchestrator.planned import mismatch, of_other_hardware, read_planned  # and scipy: 0.7 s
+
+    planned = findings.attempt(PLAN, lambda: read_planned(named.path))
+    if planned is None:
+        return None, ()
+    foreign = of_other_hardware(planned, fleet)
+    if foreign and not named.other_hardware:
+        message = f"{foreign}, by plan.other_hardware: true"
+        findings.add(Fault(field=PLAN, message=message, kind=ResourceError))
+    if architecture and (fault := mismatch(planned, spec, architecture)):
+        findings.add(fault)
+        return None, ()
+    note = f"schemes by a plan for {planned.plan.hardware.label()}"
+    return planned, (f"{note}, which no worker is" if foreign else note,)
 
 
 def _evaluation(spec: JobSpec, findings: _Findings) -> None:

@@ -64,7 +64,7 @@ def test_a_scheme_has_its_usual_groups_unless_the_job_says_otherwise(name: str) 
         ({"scheme": "fp3"}, "unknown scheme 'fp3'"),
         ({"group_size": -32}, "greater than 0"),
         ({"group_size": "row"}, "channel"),
-        ({"method": "awq"}, "'rtn', 'gptq', 'hqq' or 'smoothquant'"),
+        ({"method": "awq"}, "'rtn', 'gptq', 'hqq', 'smoothquant' or 'plan'"),
         ({"range": "mse"}, "'search' or 'minmax'"),
     ],
 )

@@ -17,6 +17,7 @@ STATISTICS_INDEX = f"{STATISTICS}/index.json"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"
 PICTURE = "report/profile.svg"  # of the report's profile
+PLANS = "plan"
 MODEL = "model"
 INDEX = f"{MODEL}/model.safetensors.index.json"
 

@@ -306,9 +306,10 @@ def _point(entry: Mapping[str, Any], candidates: Sequence[str]) -> Point:
 
 
 def _numbered(number: Any, candidates: Sequence[str]) -> str:
-    if not 0 <= _whole(number) < len(candidates):
-        raise ValueError(f"{number} is no candidate's number")
-    return candidates[number]
+    at = _whole(number)
+    if not 0 <= at < len(candidates):
+        raise ValueError(f"{at} is no candidate's number")
+    return candidates[at]
 
 
 def _shape(entry: Sequence[Any]) -> tuple[int, int]:
