@@ -370,9 +370,9 @@ class JobSpec(_Section):
     def _calibrated_when_needed(self) -> Self:
         if self.calibration is not None:
             return self
-        methods = (method for _, method in self.quantization.choices())
-        for method in (self.quantization.usual_method, *methods):
-            if method not in UNCALIBRATED:
+        others = (override.method for override in self.quantization.overrides)
+        for method in (self.quantization.usual_method, *others):
+            if method is not None and method not in UNCALIBRATED:
                 raise ValueError(
                     f"method {method} needs texts: add a calibration section, or write rtn or hqq"
                 )

@@ -2,21 +2,25 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.checks import check
+from jobs.load import read_document, resolve_paths, validate
+from orchestrator.checks import Prepared, check
+from orchestrator.ray_jobs import _packed
 from orchestrator.stored import job_status
 from quantcore.autoquant.document import Plan, written
+from quantcore.autoquant.measurements import HardwareKind
 from quantcore.errors import JobFaults, SpecError
 from tests.command import quantfleet
 from tests.conftest import BLOCKS, HIDDEN, INNER
 from tests.plans import H200, INT4, INT8, here, labels_of, plan_of
 from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
+from workers.machine import Machine, look
 from workers.store import open_store
 
 OVERRIDES = [
@@ -36,7 +40,9 @@ def plan_job(job_file: JobFile, tmp_path: Path) -> PlanJob:
         made = of if isinstance(of, Plan) else plan_of(of)
         (tmp_path / f"{name}.json").write_text(written(made))
         named = {"path": f"{name}.json", **keys.pop("plan", {})}
-        sections = {key: keys.pop(key) for key in ("calibration", "output") if key in keys}
+        sections = {
+            key: keys.pop(key) for key in ("calibration", "output", "workers") if key in keys
+        }
         return job_file(name, quantization={"method": "plan", "plan": named, **keys}, **sections)
 
     return write
@@ -223,6 +229,31 @@ def test_a_plan_that_cannot_be_read_is_one_clear_error(plan_job: PlanJob, tmp_pa
     field, message, code = fault_of(job)
     assert (field, code) == ("quantization.plan.path", 3)
     assert "cannot access 'planned.json': No such file" in message
+
+
+def test_a_plan_travels_with_a_job_that_is_submitted(plan_job: PlanJob, tmp_path: Path) -> None:
+    spec, _ = validate(read_document(plan_job(labels_of(BLOCKS))))
+    assert spec is not None
+    with _packed(resolve_paths(spec, tmp_path)) as folder:
+        sent = check(folder / "job.yaml")
+        assert sent.planned is not None
+        assert sent.planned.document == (tmp_path / "planned.json").read_bytes()
+
+
+def test_in_a_mixed_fleet_a_plan_is_of_one_of_the_kinds(plan_job: PlanJob) -> None:
+    def look_at(paths: Sequence[str]) -> list[Machine]:
+        cpu = look(paths)
+        other = {**cpu.kinds["cpu"], "name": "Other CPU"}
+        return [cpu, replace(cpu, name="other", kinds={"cpu": other})]
+
+    def described(hardware: HardwareKind) -> Prepared:
+        job = plan_job(plan_of(labels_of(BLOCKS), hardware), workers={"kind": "mixed"})
+        return check(job, look_at=look_at, touch_store=False)
+
+    for name in (here().name, "Other CPU"):
+        assert not described(replace(here(), name=name)).notes[0].endswith("which no worker is")
+    with pytest.raises(JobFaults, match="made for Third CPU"):
+        described(replace(here(), name="Third CPU"))
 
 
 def test_a_plan_is_read_from_a_store(plan_job: PlanJob, bucket: str, tmp_path: Path) -> None:
