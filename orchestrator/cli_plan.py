@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from orchestrator.printing import print_json, reported, say
+from orchestrator.printing import print_json, reported, say, stray_lines_apart, working
 
 DEFAULT = "job"
 
@@ -65,7 +65,8 @@ def plan_job(
         budgets = budgets_of(budget)
         place = _plan_of(job)
         plan, _ = read_plan(place)
-        chosen = chosen_again(plan, budgets, least.value if least else None)
+        with working("choosing", as_json), stray_lines_apart():
+            chosen = chosen_again(plan, budgets, least.value if least else None)
         written = output or file_name(plan.hardware)
         write_plan(written, chosen)
         facts = compared(plan, chosen)
