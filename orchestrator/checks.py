@@ -19,14 +19,7 @@ from orchestrator.machines import Chosen, choose_fleet, unshared
 from orchestrator.planning import PLAN, make_plan, plan_layers
 from orchestrator.statistics import Statistics, read_index
 from orchestrator.team import Team, admit_team
-from quantcore.errors import (
-    Fault,
-    JobFaults,
-    QuantfleetError,
-    ResourceError,
-    SourceError,
-    StoreError,
-)
+from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
 from workers.architecture import Architecture, inspect
 from workers.calibration import digest, token_windows
 from workers.capacity import Disk, disk
@@ -340,20 +333,14 @@ def _planned(
     named = spec.quantization.plan
     if named is None:
         return None, ()
-    from orchestrator.planned import mismatch, of_other_hardware, read_planned  # and scipy: 0.7 s
+    from orchestrator.planned import held_against, read_planned  # and scipy: 0.7 s
 
     planned = findings.attempt(PLAN, lambda: read_planned(named.path))
-    if planned is None:
+    if planned is None or architecture is None:
         return None, ()
-    foreign = of_other_hardware(planned, fleet)
-    if foreign and not named.other_hardware:
-        message = f"{foreign}, by plan.other_hardware: true"
-        findings.add(Fault(field=PLAN, message=message, kind=ResourceError))
-    if architecture and (fault := mismatch(planned, spec, architecture)):
-        findings.add(fault)
-        return None, ()
-    note = f"schemes by a plan for {planned.plan.hardware.label()}"
-    return planned, (f"{note}, which no worker is" if foreign else note,)
+    faults, note = held_against(planned, spec, architecture, fleet)
+    findings.add(*faults)
+    return (None if faults else planned), (note,)
 
 
 def _evaluation(spec: JobSpec, findings: _Findings) -> None:

@@ -43,13 +43,22 @@ def read_planned(place: str) -> Planned:
     return Planned(*read_plan(place))
 
 
-def mismatch(planned: Planned, spec: JobSpec, architecture: Architecture) -> Fault | None:
-    """What of the document is not of this model, or of the model is not in the document."""
-    found = list(_mismatches(planned, spec, architecture))
-    if not found:
-        return None
-    more = f" (and {len(found) - 1} more like this)" if len(found) > 1 else ""
-    return Fault(field=PLAN, message=found[0] + more)
+def held_against(
+    planned: Planned, spec: JobSpec, architecture: Architecture, fleet: Sequence[Chosen]
+) -> tuple[list[Fault], str]:
+    """Why a job may not follow a plan, and a note of the plan that it follows."""
+    assert spec.quantization.plan is not None
+    faults = []
+    note = f"schemes by a plan for {planned.plan.hardware.label()}"
+    if foreign := _of_other_hardware(planned, fleet):
+        note += ", which no worker is"
+        if not spec.quantization.plan.other_hardware:
+            message = f"{foreign}, by plan.other_hardware: true"
+            faults.append(Fault(field=PLAN, message=message, kind=ResourceError))
+    if found := list(_mismatches(planned, spec, architecture)):
+        more = f" (and {len(found) - 1} more like this)" if len(found) > 1 else ""
+        faults.append(Fault(field=PLAN, message=found[0] + more))
+    return faults, note
 
 
 def _mismatches(planned: Planned, spec: JobSpec, architecture: Architecture) -> Iterator[str]:
@@ -88,7 +97,7 @@ def _shape(shape: tuple[int, int]) -> str:
     return f"{rows} outputs and {columns} inputs"
 
 
-def of_other_hardware(planned: Planned, fleet: Sequence[Chosen]) -> str | None:
+def _of_other_hardware(planned: Planned, fleet: Sequence[Chosen]) -> str | None:
     """Why a plan is not of these workers' kind, nor of any of theirs in a mixed fleet.
 
     Threads and kernels are taken as the plan has them: it was timed for how a model is served, and

@@ -73,10 +73,7 @@ def plan_layers(
     faults += _unsuited(spec, choices.values())
     faults += _split_fusions(spec, choices)
     layers = [choice.layer for choice in choices.values()] + ([head] if head else [])
-    together = frozenset(layer.scheme for layer in layers if layer.scheme)
-    if message := FORMATS[spec.output.format].refusal_together(together):
-        field = PLAN if schemes else "quantization.symmetric"
-        faults.append(Fault(field=field, message=message))
+    faults += _not_together(spec, layers, planned=bool(schemes))
     if not any(choice.layer.scheme for choice in choices.values()):
         field = PLAN if schemes else "quantization.overrides"
         faults.append(Fault(field=field, message="every layer is skipped: nothing to do"))
@@ -297,6 +294,23 @@ def _refused(spec: JobSpec, choices: list[_Choice]) -> Iterator[Fault]:
             seen.add((choice.place("scheme"), message))
             where = choice.place("scheme")
             yield Fault(field=where, message=f"{message} (first: '{layer.name}')")
+
+
+def _not_together(spec: JobSpec, layers: list[LayerPlan], planned: bool) -> Iterator[Fault]:
+    """Schemes that the format cannot hold in one artifact; a plan's has a layer to be named."""
+    refusal = FORMATS[spec.output.format].refusal_together
+    together: set[Scheme] = set()
+    for layer in layers:
+        if layer.scheme is None or layer.scheme in together:
+            continue
+        together.add(layer.scheme)
+        message = refusal(frozenset(together))
+        if message and planned:
+            yield Fault(field=PLAN, message=f"{message} (first: '{layer.name}')")
+        elif message:
+            yield Fault(field="quantization.symmetric", message=message)
+        if message:
+            return
 
 
 def _indivisible(choices: Iterable[_Choice]) -> list[Fault]:

@@ -180,6 +180,11 @@ Q = "model.layers.0.self_attn.q_proj"
             {},
             r"^compressed-tensors has whole .* \(first: 'model.layers.0.mlp.gate_proj'\)$",
         ),
+        (
+            labels_of(BLOCKS, mlp="int8 asym channel plain"),
+            {},
+            r"asymmetric scheme beside another .* \(first: 'model.layers.0.mlp.gate_proj'\)$",
+        ),
         (labels_of(BLOCKS, "dense", "dense"), {}, "every layer is skipped: nothing to do"),
         (
             labels_of(BLOCKS, mlp="int8_static sym channel plain"),
