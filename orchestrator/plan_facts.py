@@ -190,10 +190,14 @@ def _verdict(plan: Plan, chosen: Chosen, option: Option) -> str:
         by = " and ".join(f"of {BUDGETS[key]} by {amount:.4g}" for key, amount in over.items())
         return f"over the budget {by}"
     tied = option.label in chosen.ties
-    worse = {"slower": more["time_us"] > 0 and not tied, "more error": more["error"] > 0}
-    words = (
-        ["slower", "more error"] if plan.choice.objective == "time" else ["more error", "slower"]
+    words = {"time_us": "slower", "error": "more error", "num_bytes": "more bytes"}
+    first, second = (
+        ("time_us", "error") if plan.choice.objective == "time" else ("error", "time_us")
     )
-    worse["more bytes"] = more["num_bytes"] > 0
-    because = next((word for word in [*words, "more bytes"] if worse[word]), "the same otherwise")
-    return f"a tie in time; {because}" if tied else because
+    order = (*(key for key in (first, second) if key != "time_us" or not tied), "num_bytes")
+    because = next((words[key] for key in order if more[key] > 0), None)
+    if not tied:
+        return because or "the same in all, with a later name"
+    if because is None and more["time_us"] > 0:
+        return "slower, by less than another run might find"
+    return f"a tie in time; {because or 'the same otherwise, with a later name'}"

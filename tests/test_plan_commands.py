@@ -153,7 +153,20 @@ def test_every_candidate_that_was_not_chosen_has_something_against_it(file: Plan
                 facts = facts_of("explain", name, "--plan", path)
                 verdicts = [row["verdict"] for row in facts["options"]]
                 assert verdicts.count("chosen") == 1
-                assert "the same otherwise" not in verdicts
+                assert not any("a later name" in verdict for verdict in verdicts)
+
+
+def test_a_tie_that_only_another_run_might_find_is_slower_in_this_one(file: PlanFile) -> None:
+    near = [option(INT8, 4, 8, 1, noise=0.5), option(FLOAT8, 5.5, 8, 0.5, noise=0.5)]
+    twin = option("int4 sym g64 plain", 4, 8, 1, noise=0.5)
+    layer = Layer(name="block.o", linears=("block.o",), options=(*near, twin))
+    path = file(chosen_from([layer], "time", Budgets()), "a.json")
+    facts = facts_of("explain", "block.o", "--plan", path)
+    assert {row["candidate"]: row["verdict"] for row in facts["options"]} == {
+        "int4 sym g64 plain": "chosen",
+        INT8: "a tie in time; the same otherwise, with a later name",
+        FLOAT8: "slower, by less than another run might find",
+    }
 
 
 def test_a_plan_without_options_explains_what_it_has(file: PlanFile) -> None:
