@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from jobs.match import compile_pattern
 from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, resolve_scheme
 
 Method = Literal["rtn", "gptq", "hqq", "smoothquant"]
+JobMethod = Literal["rtn", "gptq", "hqq", "smoothquant", "plan"]
 UNCALIBRATED = ("rtn", "hqq")  # methods that look at weights alone
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -53,6 +63,15 @@ def _model(text: str) -> str:
     return _bucket_named(text)
 
 
+def _plan(text: str) -> str:
+    scheme = _scheme(text)
+    if scheme not in {"", "file", "s3"}:
+        raise ValueError(
+            f"cannot read a plan from '{scheme}://': write a file, or s3://bucket/path/plan.json"
+        )
+    return _bucket_named(text)
+
+
 def _scheme(text: str) -> str:
     """As written: S3:// is not s3://."""
     return text.partition(":")[0] if urlsplit(text).scheme else ""
@@ -75,6 +94,7 @@ SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 StoreUrl = Annotated[str, Field(min_length=1), AfterValidator(_store)]
 ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(_model)]
+PlanPlace = Annotated[str, Field(min_length=1), AfterValidator(_plan)]
 FilePath = Annotated[Path, Field(description="relative to the job file")]
 
 
@@ -108,6 +128,14 @@ class SmoothquantSpec(_Section):
     without_norm: Literal["leave", "input_factor"] = "leave"
 
 
+class PlanSpec(_Section):
+    """A plan document (quantcore/autoquant/document.py): which scheme each linear takes."""
+
+    path: PlanPlace  # a file, here or in a job's folder at s3://bucket/path
+    rounding: Literal["rtn", "gptq", "hqq"] = "gptq"  # of all that it does not leave dense
+    other_hardware: bool = False  # whether it may be made for another kind than the workers'
+
+
 class Override(_Section):
     """Another scheme or method for the linears whose names match, or none at all."""
 
@@ -133,40 +161,87 @@ class Override(_Section):
 
 
 class QuantizationSpec(_Section):
-    scheme: SchemeName
+    method: JobMethod = "gptq"
+    # None: each linear's as the plan says; method stands above for this to be looked at beside it
+    scheme: Annotated[SchemeName | None, Field(validate_default=True)] = None
     group_size: Span | None = None  # None: the scheme's usual one
     symmetric: bool = True
     zero_point: Literal["int", "float"] | None = None  # of a grid that is not symmetric; None: int
-    method: Method = "gptq"
     range: Literal["search", "minmax"] = "search"  # how GPTQ's scales are set
     gptq: GptqSpec = GptqSpec()
     hqq: HqqSpec = HqqSpec()
     smoothquant: SmoothquantSpec = SmoothquantSpec()
+    plan: PlanSpec | None = None
     overrides: tuple[Override, ...] = ()
+
+    @field_validator("scheme")
+    @classmethod
+    def _said_once(cls, scheme: str | None, info: ValidationInfo) -> str | None:
+        planned = info.data.get("method") == "plan"
+        if scheme is None and not planned:
+            raise PydanticCustomError("missing", "missing")
+        if scheme is not None and planned:
+            raise ValueError("the plan says the scheme of every linear: drop this key")
+        return scheme
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
+        self._refuse_beside_plan()
         for scheme, method in self.choices():
-            _refuse_smoothing(method, scheme)
-            _refuse_fitting(
-                self.smoothquant.rounding if method == "smoothquant" else method, scheme
-            )
+            self.refuse_method(scheme, method)
         return self
 
+    def _refuse_beside_plan(self) -> None:
+        if self.method != "plan":
+            if self.plan is not None:
+                raise ValueError("plan is for method: plan: write that, or drop the section")
+            return
+        if self.plan is None:
+            raise ValueError(
+                "method plan takes its schemes from a document: write plan: {path: ...}"
+            )
+        if self.group_size is not None or self.zero_point is not None or not self.symmetric:
+            raise ValueError(
+                "the plan says the scheme of every linear: drop group_size, symmetric, zero_point"
+            )
+        for number, one in enumerate(self.overrides):
+            changes = (one.group_size, one.symmetric, one.zero_point)
+            if one.scheme is None and any(change is not None for change in changes):
+                raise ValueError(
+                    f"overrides.{number}: group_size, symmetric and zero_point change the job's "
+                    "scheme, and a plan has many: write scheme beside them"
+                )
+
+    def refuse_method(self, scheme: Scheme, method: Method) -> None:
+        """Raises ValueError where a linear of this scheme cannot be quantized so."""
+        _refuse_smoothing(method, scheme)
+        _refuse_fitting(self.smoothquant.rounding if method == "smoothquant" else method, scheme)
+
     def choices(self) -> Iterator[tuple[Scheme, Method]]:
-        """Every scheme and method that the job names."""
-        yield self.scheme_of(), self.method
+        """Every scheme and method that the job names; without those of a plan."""
+        if self.scheme is not None:
+            yield self.scheme_of(), self.usual_method
         for override in self.overrides:
-            if not override.skip:
-                yield self.with_override(override), override.method or self.method
+            if not override.skip and (override.scheme or self.scheme):
+                yield self.with_override(override), override.method or self.usual_method
+
+    @property
+    def usual_method(self) -> Method:
+        """Of all linears that no override gives another."""
+        if self.method != "plan":
+            return self.method
+        assert self.plan is not None
+        return self.plan.rounding
 
     def scheme_of(self) -> Scheme:
+        assert self.scheme is not None, "a plan has no one scheme"
         return resolve_scheme(self.scheme, self.group_size, self.symmetric, self.zero_point)
 
     def with_override(self, override: Override) -> Scheme:
         """The scheme under an override: a new scheme starts from its own usual group size."""
         symmetric, zero_point = override.symmetric, override.zero_point
         if override.scheme is None or override.scheme == self.scheme:
+            assert self.scheme is not None, "a plan's override names a scheme, or changes none"
             symmetric = self.symmetric if symmetric is None else symmetric
             if not symmetric and zero_point is None:
                 zero_point = self.zero_point
@@ -293,11 +368,15 @@ class JobSpec(_Section):
 
     @model_validator(mode="after")
     def _calibrated_when_needed(self) -> Self:
-        for scheme, method in self.quantization.choices() if self.calibration is None else ():
-            if method not in UNCALIBRATED:
+        if self.calibration is not None:
+            return self
+        others = (override.method for override in self.quantization.overrides)
+        for method in (self.quantization.usual_method, *others):
+            if method is not None and method not in UNCALIBRATED:
                 raise ValueError(
                     f"method {method} needs texts: add a calibration section, or write rtn or hqq"
                 )
+        for scheme, _ in self.quantization.choices():
             if scheme.static:
                 raise ValueError(
                     f"{scheme.name} finds its activation scales in texts: add a calibration section"

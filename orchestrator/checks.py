@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -15,8 +15,8 @@ from jobs.load import Document, Location, read_document, resolve_paths, validate
 from jobs.spec import CalibrationSpec, EvaluationSpec, JobSpec
 from orchestrator.admission import Prediction, peak
 from orchestrator.fitting import Admitted, Job
-from orchestrator.machines import choose_fleet, unshared
-from orchestrator.planning import make_plan, plan_layers
+from orchestrator.machines import Chosen, choose_fleet, unshared
+from orchestrator.planning import PLAN, make_plan, plan_layers
 from orchestrator.statistics import Statistics, read_index
 from orchestrator.team import Team, admit_team
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
@@ -32,6 +32,9 @@ from workers.machine import Machine, look
 from workers.plan import MIXED, Plan
 from workers.sources import ModelSource, open_source
 from workers.store import LocalStore, missing_parents, open_store, probe
+
+if TYPE_CHECKING:
+    from orchestrator.planned import Planned
 
 T = TypeVar("T")
 
@@ -49,6 +52,7 @@ class Prepared:
     sources: dict[str, int] = field(default_factory=dict)  # sequences by task and split
     notes: tuple[str, ...] = ()  # of what was allowed and may not have been meant
     statistics: Statistics | None = None  # that stand for texts
+    planned: "Planned | None" = None  # what a plan says, with method: plan
 
     @property
     def device(self) -> str:
@@ -152,14 +156,16 @@ def prepare(
         findings.attempt(
             "output.store", lambda: probe(open_store(store, conditional_writes=conditional))
         )
+    planned, plan_notes = _planned(spec, architecture, fleet or (), findings)
     plan, team = None, None
-    if source and architecture:
+    if source and architecture and (planned or not spec.quantization.plan):
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
             message = f"the model has {count} blocks: write {count} shards or fewer"
             findings.add(Fault(field="calibration.shards", message=message))
             raise JobFaults(str(document.path), findings.faults)
-        blocks, head, layer_faults = plan_layers(spec, architecture)
+        schemes = planned.schemes if planned else None
+        blocks, head, layer_faults = plan_layers(spec, architecture, schemes)
         findings.add(*layer_faults)
         if fleet and not layer_faults:
             kind = MIXED if spec.workers.kind == "mixed" else fleet[0].kind
@@ -183,8 +189,9 @@ def prepare(
         team=team,
         tokens_digest=digest(windows.ids_SL) if windows else None,
         sources=windows.sources if windows else {},
-        notes=windows.notes if windows else (),
+        notes=(*plan_notes, *(windows.notes if windows else ())),
         statistics=statistics,
+        planned=planned,
     )
 
 
@@ -314,6 +321,26 @@ def _statistics(
     return findings.attempt(
         "calibration.statistics", lambda: read_index(open_store(url), architecture)
     )
+
+
+def _planned(
+    spec: JobSpec,
+    architecture: Architecture | None,
+    fleet: Sequence[Chosen],
+    findings: _Findings,
+) -> tuple["Planned | None", tuple[str, ...]]:
+    """The plan that the job names, if it may be used, with what is to be known of it."""
+    named = spec.quantization.plan
+    if named is None:
+        return None, ()
+    from orchestrator.planned import held_against, read_planned  # and scipy: 0.7 s
+
+    planned = findings.attempt(PLAN, lambda: read_planned(named.path))
+    if planned is None or architecture is None:
+        return None, ()
+    faults, note = held_against(planned, spec, architecture, fleet)
+    findings.add(*faults)
+    return (None if faults else planned), (note,)
 
 
 def _evaluation(spec: JobSpec, findings: _Findings) -> None:

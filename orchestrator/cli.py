@@ -1,4 +1,5 @@
-"""The command line. Jobs on a remote cluster have their commands in cli_remote.py.
+"""The command line. Jobs on a remote cluster have their commands in cli_remote.py, plans have
+theirs in cli_plan.py.
 
 Exit codes: 0 done; 2 bad job file or usage; 3 source or store; 4 resources; 5 quantization;
 130 interrupted. Results go to standard output, all else to standard error.
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from orchestrator.cli_plan import plans
 from orchestrator.cli_remote import cancel, logs, submit
 from orchestrator.printing import (
     ERR,
@@ -70,6 +72,7 @@ Address = Annotated[
 app.command()(submit)
 app.command()(logs)
 app.command()(cancel)
+app.add_typer(plans, name="plan")
 
 
 @app.command()

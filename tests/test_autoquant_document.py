@@ -55,6 +55,8 @@ def planned(layers: list[Layer] = LAYERS, budgets: Budgets = Budgets(error=2)) -
         profile=PROFILES["mix"],
         choice=choose(layers, "time", budgets),
         front=front(layers, budgets.num_bytes),
+        measured=tuple(sorted(layers, key=lambda layer: layer.name)),
+        shapes={linear: (32, 64) for layer in layers for linear in layer.linears},
     )
 
 
@@ -207,19 +209,45 @@ def _set(document: Any, path: str, value: Any) -> None:
         ("layers.0", 1, "damaged"),
         ("layers", [], "layers: none"),
         ("uniforms.0.label", "x", "no candidate is called 'x'"),
-        ("front.0.picks", [99, 0], r"a number in \[99, 0\] is no candidate's"),
-        ("front.0.picks", [-1, 0], "is no candidate's"),
+        ("front.0.picks", [99, 0], "99 is no candidate's number"),
+        ("front.0.picks", [-1, 0], "-1 is no candidate's number"),
         ("front.0.picks", [0], "not one candidate for each layer"),
         ("front", None, "damaged"),
         ("checks", [{"plan": "chosen"}], "no 'predicted'"),
         ("checks", [{"plan": "", "summed": 1, "predicted": 1, "measured": 1}], "not a name"),
+        ("options.0.options.0.0", 99, "99 is no candidate's number"),
+        ("options.0.options.0.4", 8.5, "8.5 is not a whole number"),
+        ("options.0.options.0.1", 99, "must be finite numbers"),
+        ("options.0.options.0", [0, 1], "damaged"),
+        ("options.0.of", "block.x", "options: they are not those of the layers"),
+        ("options", [], None),
+        ("layers.0.shapes", [None], None),
+        ("layers.0.shapes", [[32, 0]], "is no linear's shape"),
+        ("layers.0.shapes", [], "damaged"),
     ],
 )
-def test_a_document_that_is_damaged_is_one_clear_error(path: str, value: Any, message: str) -> None:
+def test_a_document_that_is_damaged_is_one_clear_error(
+    path: str, value: Any, message: str | None
+) -> None:
     document = json.loads(written(planned()))
     _set(document, path, value)
+    if message is None:  # may be left out
+        parse(json.dumps(document))
+        return
     with pytest.raises(SpecError, match=message):
         parse(json.dumps(document))
+
+
+def test_a_choice_that_is_none_of_the_options_is_damage() -> None:
+    plan = planned()
+    other = replace(plan, measured=(replace(plan.measured[0], options=LAYERS[1].options[:1]),))
+    with pytest.raises(SpecError, match="options: they are not those of the layers"):
+        parse(written(other))  # one line where there are two layers
+    other = replace(plan, measured=(other.measured[0], plan.measured[1]))
+    with pytest.raises(
+        SpecError, match=r"options: 'block\.o' has none with what it was chosen for"
+    ):
+        parse(written(other))
 
 
 def test_text_that_ends_early_is_damaged() -> None:

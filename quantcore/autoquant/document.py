@@ -4,15 +4,18 @@
      "hardware": {...}, "profile": {...}, "objective": "time", "budgets": {...}, "correction": 1.0,
      "totals": {"time_us": ..., "num_bytes": ..., "error": ...},
      "layers": [one a line, by name], "uniforms": [one a line], "front": [one a line],
-     "checks": [one a line]}
+     "checks": [one a line], "options": [one layer a line]}
 
-Labels stand in the front as numbers of "candidates", one for each layer in the order of "layers".
+Labels stand in the front and in the options as numbers of "candidates"; in the front, one for each
+layer in the order of "layers". Options are what each layer could take, [number, time_us, low_us,
+high_us, num_bytes, error]: with them another budget is chosen for without new measurement. Options
+and shapes may be left out.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
 from quantcore.autoquant.candidates import candidate_of
@@ -27,7 +30,7 @@ from quantcore.autoquant.choice import (
 )
 from quantcore.autoquant.front import Point
 from quantcore.autoquant.measurements import HardwareKind
-from quantcore.autoquant.options import Option, Profile, Time
+from quantcore.autoquant.options import Layer, Option, Profile, Time
 from quantcore.errors import ResourceError, SpecError
 
 VERSION = 1
@@ -53,6 +56,10 @@ class Plan:
     choice: Choice
     front: tuple[Point, ...]
     checks: tuple[Check, ...] = ()  # none: errors add up in a unit of their own
+    measured: tuple[Layer, ...] = ()  # by name: what was chosen from
+    shapes: Mapping[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # by linear: (rows, columns)
 
     def labels(self) -> dict[str, str]:
         """By linear, the label of what it becomes."""
@@ -67,7 +74,9 @@ def file_name(kind: HardwareKind) -> str:
 
 def written(plan: Plan) -> str:
     choice = plan.choice
-    candidates = sorted({label for point in plan.front for label in point.labels})
+    used = {label for point in plan.front for label in point.labels}
+    used |= {option.label for layer in plan.measured for option in layer.options}
+    candidates = sorted(used)
     number = {label: at for at, label in enumerate(candidates)}
     profile = {
         "name": plan.profile.name,
@@ -84,13 +93,14 @@ def written(plan: Plan) -> str:
         "candidates": candidates,
     }
     lists = {
-        "layers": [_layer(layer) for layer in choice.layers],
+        "layers": [_layer(layer, plan.shapes) for layer in choice.layers],
         "uniforms": [asdict(uniform) for uniform in choice.uniforms],
         "front": [
             {**asdict(point.totals), "picks": [number[label] for label in point.labels]}
             for point in plan.front
         ],
         "checks": [asdict(check) for check in plan.checks],
+        "options": [_options(layer, number) for layer in plan.measured],
     }
     rows = [f"{json.dumps(name)}: {_dumped(value)}" for name, value in facts.items()]
     rows += [
@@ -199,10 +209,11 @@ def _dumped(value: Any) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _layer(chosen: Chosen) -> dict[str, Any]:
+def _layer(chosen: Chosen, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     return {
         "layer": chosen.layer,
         "linears": list(chosen.linears),
+        "shapes": [shapes.get(linear) for linear in chosen.linears],
         "candidate": chosen.option.label,
         **asdict(chosen.option.time),
         "num_bytes": chosen.option.num_bytes,
@@ -212,9 +223,17 @@ def _layer(chosen: Chosen) -> dict[str, Any]:
     }
 
 
+def _options(layer: Layer, number: Mapping[str, int]) -> dict[str, Any]:
+    options = [
+        [number[o.label], *asdict(o.time).values(), o.num_bytes, o.error] for o in layer.options
+    ]
+    return {"of": layer.name, "options": options}
+
+
 def _plan(document: Mapping[str, Any]) -> Plan:
     profile = document["profile"]
     candidates = [candidate_of(label).label() for label in document["candidates"]]
+    layers = tuple(_read_layer(entry) for entry in document["layers"])
     return Plan(
         hardware=HardwareKind(**document["hardware"]),
         profile=Profile(
@@ -225,7 +244,7 @@ def _plan(document: Mapping[str, Any]) -> Plan:
             objective=_objective(document["objective"]),
             budgets=Budgets(**document["budgets"]),
             correction=_number(document["correction"]),
-            layers=tuple(_read_layer(entry) for entry in document["layers"]),
+            layers=layers,
             totals=_read_totals(document["totals"]),
             uniforms=tuple(
                 Uniform(
@@ -238,6 +257,13 @@ def _plan(document: Mapping[str, Any]) -> Plan:
         ),
         front=tuple(_point(entry, candidates) for entry in document["front"]),
         checks=tuple(_read_check(entry) for entry in document.get("checks", ())),
+        measured=_measured(document["options"], layers, candidates),
+        shapes={
+            linear: _shape(shape)
+            for entry in document["layers"]
+            for linear, shape in zip(entry["linears"], entry["shapes"], strict=True)
+            if shape is not None
+        },
     )
 
 
@@ -275,12 +301,48 @@ def _read_check(entry: Mapping[str, Any]) -> Check:
     )
 
 
-def _point(entry: Mapping[str, Any], candidates: Sequence[str]) -> Point:
-    if any(not 0 <= pick < len(candidates) for pick in entry["picks"]):
-        raise ValueError(f"front: a number in {entry['picks']} is no candidate's")
-    return Point(
-        totals=_read_totals(entry), labels=tuple(candidates[pick] for pick in entry["picks"])
+def _measured(
+    entries: Sequence[Mapping[str, Any]], layers: Sequence[Chosen], candidates: Sequence[str]
+) -> tuple[Layer, ...]:
+    if entries and layers and [e["of"] for e in entries] != [layer.layer for layer in layers]:
+        raise ValueError("options: they are not those of the layers, one line for each")
+    return tuple(
+        Layer(
+            name=chosen.layer,
+            linears=chosen.linears,
+            options=tuple(_read_option(option, candidates) for option in entry["options"]),
+        )
+        for entry, chosen in zip(entries, layers, strict=False)
     )
+
+
+def _read_option(entry: Sequence[Any], candidates: Sequence[str]) -> Option:
+    number, time_us, low_us, high_us, num_bytes, error = entry
+    return Option(
+        candidate=candidate_of(_numbered(number, candidates)),
+        time=Time(time_us=_number(time_us), low_us=_number(low_us), high_us=_number(high_us)),
+        num_bytes=_whole(num_bytes),
+        error=_number(error),
+    )
+
+
+def _point(entry: Mapping[str, Any], candidates: Sequence[str]) -> Point:
+    labels = tuple(_numbered(pick, candidates) for pick in entry["picks"])
+    return Point(totals=_read_totals(entry), labels=labels)
+
+
+def _numbered(number: Any, candidates: Sequence[str]) -> str:
+    at = _whole(number)
+    if not 0 <= at < len(candidates):
+        raise ValueError(f"{at} is no candidate's number")
+    return candidates[at]
+
+
+def _shape(entry: Sequence[Any]) -> tuple[int, int]:
+    rows, columns = map(_whole, entry)
+    if min(rows, columns) < 1:
+        raise ValueError(f"{entry} is no linear's shape")
+    return rows, columns
 
 
 def _read_totals(entry: Mapping[str, Any]) -> Totals:
@@ -334,3 +396,6 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"totals.{one.name}: {said} where the layers add up to {found}")
     if any(len(point.labels) != len(choice.layers) for point in plan.front):
         raise ValueError("front: a point has not one candidate for each layer")
+    for layer, chosen in zip(plan.measured, choice.layers, strict=False):
+        if chosen.option not in layer.options:
+            raise ValueError(f"options: '{layer.name}' has none with what it was chosen for")

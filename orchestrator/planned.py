@@ -1,0 +1,115 @@
+"""`method: plan`: which scheme each linear takes, from a document that is held against the model.
+
+A document speaks of candidates, a scheme in a layout. A job takes the schemes: layouts are how a
+weight lies while it serves, and stand in no artifact.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jobs.spec import JobSpec
+from orchestrator.machines import Chosen
+from orchestrator.plan_files import read_plan
+from orchestrator.planning import PLAN, Schemes, last_match
+from quantcore.autoquant.document import Plan, file_name, refuse_other_hardware
+from quantcore.autoquant.measurements import HardwareKind
+from quantcore.errors import Fault, ResourceError
+from workers.architecture import Architecture, LinearInfo
+from workers.layout import PLANS
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a job was told by a plan."""
+
+    plan: Plan
+    document: bytes
+
+    @property
+    def name(self) -> str:
+        """Where the document stands in the job's folder: plan/NVIDIA_H200.json."""
+        return f"{PLANS}/{file_name(self.plan.hardware).removeprefix('plan-')}"
+
+    @property
+    def schemes(self) -> Schemes:
+        return {
+            linear: layer.option.candidate.scheme
+            for layer in self.plan.choice.layers
+            for linear in layer.linears
+        }
+
+
+def read_planned(place: str) -> Planned:
+    return Planned(*read_plan(place))
+
+
+def held_against(
+    planned: Planned, spec: JobSpec, architecture: Architecture, fleet: Sequence[Chosen]
+) -> tuple[list[Fault], str]:
+    """Why a job may not follow a plan, and a note of the plan that it follows."""
+    assert spec.quantization.plan is not None
+    faults = []
+    note = f"schemes by a plan for {planned.plan.hardware.label()}"
+    if foreign := _of_other_hardware(planned, fleet):
+        note += ", which no worker is"
+        if not spec.quantization.plan.other_hardware:
+            message = f"{foreign}, by plan.other_hardware: true"
+            faults.append(Fault(field=PLAN, message=message, kind=ResourceError))
+    if found := list(_mismatches(planned, spec, architecture)):
+        more = f" (and {len(found) - 1} more like this)" if len(found) > 1 else ""
+        faults.append(Fault(field=PLAN, message=found[0] + more))
+    return faults, note
+
+
+def _mismatches(planned: Planned, spec: JobSpec, architecture: Architecture) -> Iterator[str]:
+    linears = {info.name: info for block in architecture.blocks for info in block.linears()}
+    head = architecture.head or LinearInfo(
+        "lm_head", architecture.vocabulary, architecture.hidden_size, "Linear"
+    )
+    schemes = planned.schemes
+    for name in schemes:
+        info = head if name == head.name else linears.get(name)
+        if info is None:
+            yield f"the plan names '{name}', which the model has not: name a plan of this model"
+            continue
+        shape = (info.out_features, info.in_features)
+        said = planned.plan.shapes.get(name, shape)
+        if said != shape:
+            yield (
+                f"'{name}' has {_shape(said)} in the plan and {_shape(shape)} in the model: name a "
+                "plan of this model"
+            )
+    for name in linears:
+        if name not in schemes and not _said_elsewhere(spec, name):
+            yield (
+                f"the plan says nothing of '{name}': plan anew, or name it in an override, with a "
+                "scheme or skip: true"
+            )
+
+
+def _said_elsewhere(spec: JobSpec, name: str) -> bool:
+    found = last_match(spec, name)
+    return found is not None and (found[1].skip or found[1].scheme is not None)
+
+
+def _shape(shape: tuple[int, int]) -> str:
+    rows, columns = shape
+    return f"{rows} outputs and {columns} inputs"
+
+
+def _of_other_hardware(planned: Planned, fleet: Sequence[Chosen]) -> str | None:
+    """Why a plan is not of these workers' kind, nor of any of theirs in a mixed fleet.
+
+    Threads and kernels are taken as the plan has them: it was timed for how a model is served, and
+    a worker's number of threads is that of its calibration.
+    """
+    hardware, why = planned.plan.hardware, None
+    for chosen in fleet:
+        kind = HardwareKind.of(chosen.kind, hardware.kernels, hardware.threads)
+        try:
+            refuse_other_hardware(planned.plan, kind)
+        except ResourceError as error:
+            why = why or str(error)
+        else:
+            return None
+    return why
