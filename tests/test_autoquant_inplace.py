@@ -155,6 +155,8 @@ def test_a_saved_plan_is_restored_to_the_bit_and_refused_elsewhere() -> None:
     plan = planned(one, candidates=("default", "int4")).plan
     assert plan is not None
     read = parse(written(plan))
+    assert read == plan and read.measured  # another budget needs no new measurement
+    assert all(len(shape) == 2 for shape in read.shapes.values()) and read.shapes
     with pytest.raises(ResourceError, match="plan: made for Made up"):
         restore(other, read)
     assert set(labels(other).values()) == {"dense"}

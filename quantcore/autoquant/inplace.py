@@ -150,7 +150,12 @@ class Autoquant:
             checks.append(check)
         correction = plan.choice.correction
         points = front(layers, self._budgets.num_bytes, correction)
-        return replace(plan, front=points, checks=tuple(checks))
+        shapes = {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in self._linears.items()
+        }
+        ordered = tuple(sorted(layers, key=lambda layer: layer.name))
+        return replace(plan, front=points, checks=tuple(checks), measured=ordered, shapes=shapes)
 
     def _confirmed(
         self, plan: Plan, layers: Sequence[Layer], spots: Sequence[Spot], held_out: HeldOut
