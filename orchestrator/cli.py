@@ -87,7 +87,8 @@ def run(
 ) -> None:
     """Quantize a model as a job file says, here and now. Run again, it goes on."""
     with reported():
-        from orchestrator.checks import check, describe
+        from orchestrator.checks import check
+        from orchestrator.described import describe
         from orchestrator.site import open_site
         from workers.store import open_store
 
@@ -135,7 +136,7 @@ def check(job: JobFile, as_json: AsJson = False) -> None:
     """Report every fault of a job file at once, with its place and what to write instead."""
     with reported(as_json):
         from orchestrator.checks import check as check_job
-        from orchestrator.checks import describe
+        from orchestrator.described import describe
 
         with working("checking the job", as_json):
             prepared = check_job(job)
