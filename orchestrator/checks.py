@@ -126,7 +126,7 @@ def prepare(
         )
     planned, plan_notes = _planned(spec, architecture, fleet or (), findings)
     plan, team = None, None
-    if source and architecture and (planned or not spec.quantization.plan):
+    if source and architecture and (planned or spec.quantization.method != "plan"):
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
             message = f"the model has {count} blocks: write {count} shards or fewer"
@@ -212,14 +212,17 @@ def _planned(
     findings: Findings,
 ) -> tuple["Planned | None", tuple[str, ...]]:
     """The plan that the job names, if it may be used, with what is to be known of it."""
-    named = spec.quantization.plan
-    if named is None:
+    if spec.quantization.method != "plan":
         return None, ()
-    from orchestrator.planned import held_against, read_planned  # and scipy: 0.7 s
+    from orchestrator.planned import held_against, left_in_store, read_planned  # and scipy: 0.7 s
 
-    planned = findings.attempt(PLAN, lambda: read_planned(named.path))
+    place = spec.quantization.planning.path
+    found = findings.attempt(
+        PLAN, lambda: (read_planned(place), ()) if place else left_in_store(spec, fleet)
+    )
+    planned, notes = found or (None, ())
     if planned is None or architecture is None:
         return None, ()
     faults, note = held_against(planned, spec, architecture, fleet)
     findings.add(*faults)
-    return (None if faults else planned), (note,)
+    return (None if faults else planned), (note, *notes)

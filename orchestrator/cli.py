@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from orchestrator.cli_plan import plans
 from orchestrator.cli_remote import cancel, logs, submit
+from orchestrator.options import Address, AsJson, InProcess, LogFile, LogJson
 from orchestrator.printing import (
     ERR,
     OUT,
@@ -51,24 +52,12 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB.YAML")]
 JobUrl = Annotated[str, typer.Argument(help="A job in its store: STORE/NAME.", metavar="JOB")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-LogFile = Annotated[Path | None, typer.Option(help="Where events are logged (JSON lines).")]
-LogJson = Annotated[bool, typer.Option("--log-json", help="Events to standard error as JSON too.")]
-InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray, in one process.")]
 OnCluster = Annotated[
     str | None,
     typer.Option(
         "--address", envvar=["QUANTFLEET_ADDRESS", "RAY_ADDRESS"], help="A Ray dashboard's URL."
     ),
 ]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RAY_ADDRESS",
-        help="A Ray cluster that this machine is a node of: auto, or HOST:PORT.",
-    ),
-]
-
 app.command()(submit)
 app.command()(logs)
 app.command()(cancel)

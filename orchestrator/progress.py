@@ -20,13 +20,15 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Evaluate, Probe, Round, Settle, Survey
+from workers.tasks import Evaluate, Probe, Race, Round, Sense, Settle, Survey
 
 _LABELS = {
     "probe": "trying the worst block",
     "survey": "reading the model",
     "quantize": "quantizing",
     "evaluate": "evaluating",
+    "sense": "measuring errors",
+    "race": "timing",
 }
 _PLAIN_EVERY_S = 10.0
 
@@ -158,7 +160,7 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(assignment.task, Probe | Survey | Settle | Round | Evaluate)
+    return isinstance(assignment.task, Probe | Survey | Settle | Round | Evaluate | Sense | Race)
 
 
 def _clock(seconds: float) -> str:

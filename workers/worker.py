@@ -54,9 +54,11 @@ from workers.tasks import (
     Probe,
     Publish,
     Quantize,
+    Race,
     Reduce,
     Round,
     Save,
+    Sense,
     Settle,
     Solve,
     SolvedGroup,
@@ -208,6 +210,16 @@ class Worker:
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():
                 return self._evaluate(task)
+            case Sense():
+                from workers.sensing import sense  # and scipy: a second, which jobs do without
+
+                sense(self._plan, self._model, self._held_block, task, self._tell)
+                return Outcome()
+            case Race():
+                from workers.racing import race
+
+                self._release()
+                return Outcome({"timings": race(self.device, task)})
             case Account():
                 return Outcome()
 
@@ -217,6 +229,10 @@ class Worker:
         if self.device.type != "cpu" and self._plan.torch_dtype != torch.float32:
             fuse(block, self._fused)
         return block
+
+    def _held_block(self, index: int) -> nn.Module:
+        self._hold(index)
+        return self._block(index)
 
     def _hold(self, index: int) -> None:
         """Have a block's weights on an accelerator, and the next block's on their way.
