@@ -24,6 +24,7 @@ from workers.tasks import (
     Boundary,
     Collect,
     CopyOutside,
+    Diverge,
     Drop,
     Embed,
     Evaluate,
@@ -135,7 +136,7 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
     match task:
         case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep() | Account():
             return None
-        case Sense() | Race():
+        case Sense() | Diverge() | Race():
             return None
         case Embed(chunks) | Hand(chunks) | Take(chunks) | Drop(chunks):
             return kind, _count(chunks)

@@ -1,7 +1,8 @@
 """`quantfleet plan`: what a fleet is asked to measure, and what is chosen from that.
 
     errors that the store lacks -> by workers of the first kind, block by block
-    for each kind: times that the store lacks -> by its workers, a shape at a time -> choose
+    for each kind: whole models' divergence, with a held-out text (plan_checking.py)
+                   times that the store lacks -> by its workers, a shape at a time -> choose
 
 Workers start where something is missing, and not else. What was measured stands in the store once
 its task has ended, an error once its block has: whatever ends the command early, only what was
@@ -11,19 +12,20 @@ share their memory's bandwidth.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 from orchestrator.bag import Bag
 from orchestrator.checks import Prepared
 from orchestrator.executors import Executor, Result
 from orchestrator.loop import Observer, Observers, Summaries, Timings, execute
+from orchestrator.plan_checking import Checker
 from orchestrator.scheduler import Assignment
 from orchestrator.to_plan import Kind, ToPlan
 from quantcore.autoquant.asking import contests, layers, spot
 from quantcore.autoquant.choice import choose
 from quantcore.autoquant.costs import Spot
-from quantcore.autoquant.document import Plan
+from quantcore.autoquant.document import Check, Plan
 from quantcore.autoquant.front import front
 from quantcore.autoquant.measurements import HardwareKind, Measurements, Product, Timing, merged
 from quantcore.autoquant.options import Layer
@@ -145,7 +147,6 @@ class _Planner:
     kind: Kind
     fleet: _Fleet
     effort: Effort
-    factors: dict[Scheme, float] = field(default_factory=dict)
 
     def plan(self, errors: Errors) -> Plan:
         job = self.job
@@ -153,45 +154,54 @@ class _Planner:
             spot(family.linears, offered, errors, job.dtype, job.profile)
             for family, offered in zip(job.families, self.kind.offered, strict=True)
         ]
-        found = self._layers(spots)
+        checker = Checker(job, self.fleet.workers, partial(self.fleet.do, "check"))
+        factors: dict[Scheme, float] = {}
+        checks: list[Check] = []
+        if job.held_out:
+            factors, checks = checker.factors(spots)
+        found = self._layers(spots, factors)
         choice = choose(found, job.spec.quantization.planning.least, job.budgets)
+        if job.held_out:
+            choice, check = checker.confirmed(choice, found, spots)
+            checks.append(check)
         return Plan(
             hardware=self.kind.hardware,
             profile=job.profile,
             choice=choice,
             front=front(found, job.budgets.num_bytes, choice.correction),
+            checks=tuple(checks),
             measured=tuple(sorted(found, key=lambda layer: layer.name)),
             shapes={name: of for family in job.families for name, of in family.linears.items()},
         )
 
-    def _layers(self, spots: Sequence[Spot]) -> list[Layer]:
+    def _layers(self, spots: Sequence[Spot], factors: Mapping[Scheme, float]) -> list[Layer]:
         """To choose from, once all of them are timed."""
         store = measured.open_measurements(self.job.spec.output.store, STORE_PATIENCE_S)
         hardware = self.kind.hardware
         known = measured.known(store, hardware, self._ignored)
         for number in range(_MOST_ROUNDS):
             lacking = [
-                these for these in contests(spots) if layers(these, *self._by(known)) is None
+                these
+                for these in contests(spots)
+                if layers(these, factors, known, self.effort) is None
             ]
             if not lacking:
-                found = layers(spots, *self._by(known))
+                found = layers(spots, factors, known, self.effort)
                 assert found is not None
                 if number:
                     measured.tidy(store)
                 return found
-            new = self._raced(lacking, known, number, _Keeper(store, hardware))
+            new = self._raced(lacking, factors, known, number, _Keeper(store, hardware))
             both = [Measurements(of={hardware: of}) for of in (known, new)]
             known = dict(merged(both).of[hardware])
         raise QuantizationError(
             "times came out otherwise each time they were measured: plan on a quiet machine"
         )
 
-    def _by(self, known: Mapping[Product, Timing]) -> tuple[Any, ...]:
-        return self.factors, known, self.effort
-
     def _raced(
         self,
         lacking: Sequence[tuple[Spot, ...]],
+        factors: Mapping[Scheme, float],
         known: Mapping[Product, Timing],
         number: int,
         keeper: _Keeper,
@@ -201,7 +211,7 @@ class _Planner:
             shape = these[0].rows, these[0].columns
             of_shape = {p: t for p, t in known.items() if (p.rows, p.columns) == shape}
             name = f"race/{number}.{shape[0]}x{shape[1]}.{len(tasks)}"
-            tasks[name] = Race(self.kind.hardware, these, self.factors, of_shape, self.effort)
+            tasks[name] = Race(self.kind.hardware, these, factors, of_shape, self.effort)
         summaries = self.fleet.do("race", tasks, keeper)
         return {
             product: timing

@@ -20,7 +20,7 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Evaluate, Probe, Race, Round, Sense, Settle, Survey
+from workers.tasks import Diverge, Evaluate, Probe, Race, Round, Sense, Settle, Survey
 
 _LABELS = {
     "probe": "trying the worst block",
@@ -28,9 +28,11 @@ _LABELS = {
     "quantize": "quantizing",
     "evaluate": "evaluating",
     "sense": "measuring errors",
+    "check": "checking whole models",
     "race": "timing",
 }
 _PLAIN_EVERY_S = 10.0
+_STEPS = Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
 
 
 class Watcher(Observer):
@@ -160,7 +162,9 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(assignment.task, Probe | Survey | Settle | Round | Evaluate | Sense | Race)
+    return isinstance(
+        assignment.task, Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.load import Document, read_document, resolve_paths, validate
-from jobs.spec import JobSpec
+from jobs.spec import EvaluationSpec, JobSpec
 from orchestrator.checks import Look, Prepared, look_here, prepare
 from orchestrator.identity import stored_job
 from orchestrator.machines import Chosen
@@ -24,17 +24,18 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
-from quantcore.errors import Fault, JobFaults, ResourceError, SpecError
+from quantcore.errors import Fault, JobFaults, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER
 from quantcore.schemes import Scheme
+from workers.calibration import encode
 from workers.layout import dump
 from workers.plan import SAMPLE_TOKENS, GroupPlan, LayerPlan, Plan
 from workers.sensing import SEQUENCES
 from workers.store import open_store
 
 _SENSED_VERSION = 1  # raised by hand whenever errors of the same would be others
-_CANDIDATES = "quantization.plan.candidates"
+_HELD_OUT_WINDOWS, _HELD_OUT_TOKENS, _HELD_OUT_CHARACTERS = 4, 512, 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class ToPlan:
     dtype: str
     key: str  # of all that errors are measured on
     blocks: dict[str, int]  # by linear
+    held_out: tuple[tuple[int, ...], ...]  # token ids; none: no whole model is checked
     notes: tuple[str, ...]
 
     @property
@@ -86,6 +88,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     schemes, notes = _schemes(spec)
     faults += _unfit(spec, schemes, document)
     prepared = prepare(_rounded(spec), document, faults, look_at=look_at)
+    held_out = _held_out(spec, prepared)
     families = _families(prepared.plan, spec, schemes)
     dtype = prepared.plan.contract.compute_dtype
     kinds = tuple(
@@ -108,6 +111,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
             for number, block in enumerate(prepared.plan.blocks)
             for layer in block.quantized()
         },
+        held_out=held_out,
         notes=(*notes, *prepared.admitted.notes),
     )
 
@@ -135,7 +139,12 @@ def _rounded(spec: JobSpec) -> JobSpec:
         for override in quantization.overrides
     )
     changes = {"method": "rtn", "scheme": "int8", "plan": None, "overrides": overrides}
-    return spec.model_copy(update={"quantization": quantization.model_copy(update=changes)})
+    quantization = quantization.model_copy(update=changes)
+    held_out = spec.quantization.planning.held_out
+    evaluation = spec.evaluation
+    if held_out is not None and held_out.is_file():  # it takes a whole model, as evaluating does
+        evaluation = evaluation or EvaluationSpec(text=held_out, length=_HELD_OUT_TOKENS)
+    return spec.model_copy(update={"quantization": quantization, "evaluation": evaluation})
 
 
 def _schemes(spec: JobSpec) -> tuple[list[Scheme], list[str]]:
@@ -168,7 +177,32 @@ def _unfit(spec: JobSpec, schemes: Sequence[Scheme], document: Document) -> list
     elif spec.calibration.statistics and spec.quantization.planning.profile == "recorded":
         message = "kept statistics do not tell how linears were called: write a named profile"
         faults.append(document.fault(("quantization", "plan", "profile"), message))
+    held_out = spec.quantization.planning.held_out
+    if held_out is not None and not held_out.is_file():
+        message = f"there is no file {held_out}"
+        where = ("quantization", "plan", "held_out")
+        faults.append(document.fault(where, message, kind=SourceError))
     return faults
+
+
+def _held_out(spec: JobSpec, prepared: Prepared) -> tuple[tuple[int, ...], ...]:
+    """Windows of the held-out text, spread over its beginning."""
+    path = spec.quantization.planning.held_out
+    if path is None:
+        return ()
+    try:
+        text = path.read_text(encoding="utf-8")[:_HELD_OUT_CHARACTERS]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"quantization.plan.held_out: cannot read {path}: {error}") from None
+    ids = encode(prepared.source.tokenizer(), text)
+    length = min(_HELD_OUT_TOKENS, prepared.architecture.max_length or _HELD_OUT_TOKENS)
+    count = min(_HELD_OUT_WINDOWS, len(ids) // length)
+    if count == 0:
+        raise SpecError(
+            f"quantization.plan.held_out: {path} has {len(ids)} tokens: give {length} or more"
+        )
+    starts = (number * (len(ids) // count) for number in range(count))
+    return tuple(tuple(ids[start : start + length]) for start in starts)
 
 
 def _families(plan: Plan, spec: JobSpec, schemes: Sequence[Scheme]) -> tuple[Family, ...]:

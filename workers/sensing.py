@@ -53,7 +53,7 @@ def _sampled(
             block = block_at(index)
             yield index, block, _kept(plan, index, next(block.parameters()).device)
         return
-    batches = [model.embed(ids_BL) for ids_BL in _sequences(plan)]
+    batches = [model.embed(ids_BL) for ids_BL in sequences(plan)]
     model.release_outside()
     last = task.blocks[-1]
     for index in range(last + 1):
@@ -65,7 +65,7 @@ def _sampled(
         tell(index + 1, last + 1)
 
 
-def _sequences(plan: Plan) -> Iterator[Tensor]:
+def sequences(plan: Plan) -> Iterator[Tensor]:
     """One at a time, (1, length)."""
     assert plan.tokens is not None
     count = min(SEQUENCES, len(plan.tokens))

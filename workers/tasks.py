@@ -214,6 +214,19 @@ class Sense:
 
 
 @dataclass(frozen=True, slots=True)
+class Diverge:
+    """Measure how far the whole model's predictions move as some variants of it.
+
+    Each one's divergence is written to the store by whoever measures it.
+    """
+
+    store: str
+    key: str
+    held_out: tuple[tuple[int, ...], ...]  # token ids
+    variants: Mapping[str, dict[str, Scheme]]  # by a digest of its own: linears with schemes
+
+
+@dataclass(frozen=True, slots=True)
 class Race:
     """Time what linears of one shape may become, on the kind of hardware that this worker is."""
 
@@ -252,6 +265,7 @@ Task = (
     | CopyOutside
     | Evaluate
     | Sense
+    | Diverge
     | Race
     | Account
 )
