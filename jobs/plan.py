@@ -4,7 +4,7 @@
 
     plan:
       candidates: [default, int4]
-      profile: mix                        # or calls, each with tokens and how often
+      profile: mix                        # or calls: [{tokens: 1, times: 64}, {tokens: 512}]
       budgets: {error: 0.5, bytes: 4.5GiB}
 
 Without a path `quantfleet plan` measures, and leaves its plans in the job's folder in the store.
@@ -27,7 +27,7 @@ class CallsSpec(Section):
     """How often a linear is called with so many tokens."""
 
     tokens: Annotated[int, Field(gt=0)]
-    calls: Annotated[float, Field(gt=0)] = 1.0
+    times: Annotated[float, Field(gt=0)] = 1.0
 
 
 class BudgetsSpec(Section):
@@ -51,9 +51,10 @@ class PlanSpec(Section):
     path: PlanPlace | None = None  # of a plan document: a file here, or at s3://bucket/path
     rounding: Literal["rtn", "gptq", "hqq"] = "gptq"  # of all that the plan does not leave dense
     other_hardware: bool = False  # whether it may be made for another kind than the workers'
-    candidates: Annotated[tuple[CandidateClass, ...], Field(min_length=1)] = ("default",)
+    candidates: tuple[CandidateClass, ...] = ("default",)
     # what linears are called with; recorded: what the calibration hands them
-    profile: NamedProfile | Annotated[tuple[CallsSpec, ...], Field(min_length=1)] = "mix"
+    profile: NamedProfile = "mix"
+    calls: tuple[CallsSpec, ...] = ()  # instead of a profile
     least: Literal["time", "error"] = "time"  # within the budgets
     budgets: BudgetsSpec = BudgetsSpec()
     held_out: FilePath | None = None  # a text that whole models are checked by
@@ -62,15 +63,18 @@ class PlanSpec(Section):
     @model_validator(mode="after")
     def _made_or_to_be_made(self) -> Self:
         usual = PlanSpec.model_construct()
-        told = ("candidates", "profile", "least", "budgets", "held_out", "threads")
+        told = ("candidates", "profile", "calls", "least", "budgets", "held_out", "threads")
         changed = [key for key in told if getattr(self, key) != getattr(usual, key)]
         if self.path is not None and changed:
             raise ValueError(
                 f"the plan at path is made already: drop {changed[0]}, or drop path and run "
                 "quantfleet plan"
             )
-        if isinstance(self.profile, tuple):
-            counts = [one.tokens for one in self.profile]
-            if len(set(counts)) < len(counts):
-                raise ValueError("profile: a number of tokens stands twice: keep one")
+        if not self.candidates:
+            raise ValueError("candidates: none: write default")
+        counts = [one.tokens for one in self.calls]
+        if len(set(counts)) < len(counts):
+            raise ValueError("calls: a number of tokens stands twice: keep one")
+        if self.calls and self.profile != usual.profile:
+            raise ValueError("calls are a profile of their own: drop one of the two")
         return self

@@ -84,13 +84,10 @@ def _asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
     if plan.choice.budgets != wanted:
         return "was made for other budgets"
     if plan.choice.objective != planning.least:
-        return (
-            f"has the least {plan.choice.objective}, and the job wants the least {planning.least}"
-        )
-    told = planning.profile
-    calls = None if isinstance(told, str) else {one.tokens: one.calls for one in told}
-    named = plan.profile.name == told if calls is None else plan.profile.calls == calls
-    return None if named else "was made for another profile"
+        return f"has the least {plan.choice.objective}, not the least {planning.least}"
+    calls = {one.tokens: one.times for one in planning.calls}
+    same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
+    return None if same else "was made for another profile"
 
 
 def held_against(

@@ -275,16 +275,16 @@ def _refuse_namesakes(kinds: Sequence[Kind]) -> None:
 
 
 def _profile(spec: JobSpec, plan: Plan) -> Profile:
-    told = spec.quantization.planning.profile
-    if told == "recorded":
-        assert plan.calibration is not None
-        size, length = plan.contract.micro_batch, plan.calibration.length
-        whole, rest = divmod(plan.calibration.sequences, size)
-        calls: dict[int, float] = {size * length: whole} if whole else {}
-        return Profile(name=told, calls=calls | ({rest * length: 1} if rest else {}))
-    if isinstance(told, str):
-        return PROFILES[told]
-    return Profile(name="stated", calls={one.tokens: one.calls for one in told})
+    planning = spec.quantization.planning
+    if planning.calls:
+        return Profile(name="stated", calls={one.tokens: one.times for one in planning.calls})
+    if planning.profile != "recorded":
+        return PROFILES[planning.profile]
+    assert plan.calibration is not None
+    size, length = plan.contract.micro_batch, plan.calibration.length
+    whole, rest = divmod(plan.calibration.sequences, size)
+    calls: dict[int, float] = {size * length: whole} if whole else {}
+    return Profile(name="recorded", calls=calls | ({rest * length: 1} if rest else {}))
 
 
 def _key(prepared: Prepared) -> str:

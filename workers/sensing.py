@@ -86,7 +86,9 @@ def _run(
     def seen(ranges: Ranges) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_TI = args[0].flatten(0, -2)
-            ranges.add(x_TI if real_T is None else x_TI[real_T])
+            x_TI = x_TI if real_T is None else x_TI[real_T]
+            ranges.rows = min(rows, len(x_TI))
+            ranges.add(x_TI)
 
         return add
 
