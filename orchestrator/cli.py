@@ -272,6 +272,8 @@ def _run(
     log, path = start_log(prepared.spec.name, log_file, log_json)
     watcher = Watcher(ERR, log, quiet=as_json or log_json)
     observers = Observers(watcher)
+    for note in prepared.notes if prepared.planned and not (as_json or log_json) else ():
+        say(note)  # which plan is followed
     try:
         result = run_job(prepared, start_workers, observers)
     except BaseException as error:

@@ -205,6 +205,8 @@ def _measure(
                 told.append(plan_left.facts(plan, place, url, plan_left.noise(plan, effort)))
     except BaseException as error:
         logger.error("plan ended", error=type(error).__name__, message=str(error))
+        if isinstance(error, KeyboardInterrupt):
+            say("what was measured is kept: the same command goes on from there")
         raise
     finally:
         watcher.close()

@@ -135,6 +135,8 @@ class Watcher(Observer):
             )
         elif event == "machine refused":
             self._say(f"{facts['machine']} takes no part: {facts['why']}")
+        elif event == "measurements ignored":
+            self._say(facts["why"])
         elif event == "worker joined":
             self._say(f"worker {facts['worker']} has joined")
         elif event == "quantizing" and facts["done"]:

@@ -91,9 +91,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     held_out = _held_out(spec, prepared)
     families = _families(prepared.plan, spec, schemes)
     dtype = prepared.plan.contract.compute_dtype
-    kinds = tuple(
-        _kind(spec, prepared, families, dtype, number) for number in range(len(prepared.team.parts))
-    )
+    kinds = _kinds(spec, prepared, families, dtype)
     _refuse_namesakes(kinds)
     budgets = spec.quantization.planning.budgets
     return ToPlan(
@@ -238,6 +236,17 @@ def _family(members: list[LayerPlan], spec: JobSpec, schemes: Sequence[Scheme]) 
         if not any(refusal(scheme, of.out_features, of.in_features) for of in members)
     ]
     return Family({of.name: (of.out_features, of.in_features) for of in members}, tuple(held))
+
+
+def _kinds(
+    spec: JobSpec, prepared: Prepared, families: Sequence[Family], dtype: str
+) -> tuple[Kind, ...]:
+    """Those that times know apart: workers may differ in more, which decides bits alone."""
+    found: dict[HardwareKind, Kind] = {}
+    for number in range(len(prepared.team.parts)):
+        kind = _kind(spec, prepared, families, dtype, number)
+        found.setdefault(kind.hardware, kind)
+    return tuple(found.values())
 
 
 def _kind(

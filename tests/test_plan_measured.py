@@ -14,7 +14,7 @@ from jobs.plan import CandidateClass, NamedProfile, PlanSpec
 from orchestrator import plan_left
 from orchestrator.bag import Bag
 from orchestrator.checks import Prepared, check
-from orchestrator.executors import InProcessExecutor, News, Result
+from orchestrator.executors import Arrival, InProcessExecutor, Loss, News, Result
 from orchestrator.loop import Observer
 from orchestrator.plan_measuring import measured_plans
 from orchestrator.scheduler import Assignment
@@ -29,12 +29,12 @@ from quantcore.autoquant.measurements import Product
 from quantcore.autoquant.options import PROFILES, Layer
 from quantcore.autoquant.race import Effort, Stopwatch
 from quantcore.autoquant.timing import Bench
-from quantcore.errors import JobFaults, QuantfleetError
+from quantcore.errors import JobFaults, QuantfleetError, ResourceError
 from quantcore.schemes import Scheme
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
-from tests.plans import INT8, chosen_from, option
-from tests.test_orchestrator_job import JobFile, run_here
+from tests.plans import INT8, chosen_from, here, option
+from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
 from workers.machine import Machine, look
 from workers.sensed import keep, known, open_errors
 from workers.tasks import Race, Sense
@@ -42,7 +42,7 @@ from workers.tasks import Race, Sense
 CALLS = [{"tokens": 1, "times": 8}, {"tokens": 16}]
 INT8_LINEAR, DYNAMIC = Scheme(name="int8"), Scheme(name="int8_dynamic")
 EFFORT = Effort(seconds=0.02)
-US = {"dense": 8.0, "int8": 4.0, "int8_dynamic": 2.0, "int4": 1.0, "int8_dynamic_int4": 9.0}
+US = {"dense": 8.0, "int8": 4.0, "int8_dynamic": 2.0, "int4": 1.0}  # others 9
 H200 = {"device": "cuda", "name": "NVIDIA H200", "torch": "2.11.0", "bfloat16": "native"}
 
 PlanJob = Callable[..., Path]
@@ -60,7 +60,12 @@ class MadeUp(Bench):
 
     def stopwatch(self, product: Product) -> Stopwatch:
         scheme = product.candidate.scheme
-        us = self._times * US[scheme.name if scheme else "dense"] * product.rows * product.tokens
+        us = (
+            self._times
+            * US.get(scheme.name if scheme else "dense", 9.0)
+            * product.rows
+            * product.tokens
+        )
         return lambda repeats: [us] * repeats
 
 
@@ -86,6 +91,37 @@ class Fleet(InProcessExecutor):
         bench = MadeUp(1.0 if task.hardware.device == "cuda" else 10.0)
         _, new = measured(task.spots, task.factors, task.known, bench, task.effort)
         return Result(assignment.id, worker, 0.0, {"timings": new})
+
+
+class Lossy(Fleet):
+    """Its first worker is lost with the first task of each kind; another one comes for it."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        super().__init__(prepared)
+        self._lost: set[str] = set()
+        self._worker = 0
+        self._anew: Any = None
+        self._coming = False
+
+    def submit(self, worker: int, assignment: Assignment) -> None:
+        kind = assignment.id.partition("/")[0]
+        if kind in self._lost:
+            super().submit(worker, assignment)
+        else:
+            self._lost.add(kind)
+            self._coming = True
+            self._queue.clear()
+
+    def next_news(self) -> News:
+        if not self._coming:
+            return super().next_news()
+        if self._worker in self._workers:
+            lost, self._worker = self._worker, self._worker + 1
+            self._anew = self._workers.pop(lost)
+            return Loss(lost, ResourceError("its process ended"))
+        self._workers[self._worker] = self._anew
+        self._coming = False
+        return Arrival(self._worker)
 
 
 class Asked(Observer):
@@ -220,6 +256,16 @@ def test_what_was_measured_before_an_interruption_is_kept(plan_job: PlanJob, die
     assert whole == plan
 
 
+def test_what_a_lost_worker_was_doing_is_done_by_another(plan_job: PlanJob) -> None:
+    job = check_to_plan(plan_job())
+    asked = Asked()
+    (plan,) = measured_plans(job, Lossy, asked, EFFORT)
+    assert asked.sensed() == [0, 1, 2] * 2
+    assert len(asked.races()) == 4 + 1
+    (whole,) = made(check_to_plan(plan_job("whole", {"output": {"store": f"{job.folder}/w"}})))
+    assert whole == plan
+
+
 def test_a_block_that_was_measured_is_not_measured_again(plan_job: PlanJob) -> None:
     job = check_to_plan(plan_job())
     with pytest.raises(KeyboardInterrupt):
@@ -301,6 +347,33 @@ def test_each_kind_of_the_fleet_has_a_plan_and_a_job_follows_its_own(plan_job: P
     alone = check(path).planned
     assert alone is not None
     assert alone.plan == cpu
+
+
+def test_a_job_is_taken_up_with_the_plan_that_it_was_begun_by(
+    plan_job: PlanJob, tmp_path: Path
+) -> None:
+    path = plan_job("broken", rounding="rtn", candidates=["int4"])
+    made(check_to_plan(path))
+    with pytest.raises(KeyboardInterrupt):
+        run_here(path, observer=_Dies("publish/0"))
+    outcome = quantfleet("resume", tmp_path / "store" / "broken", "--in-process")
+    assert outcome.code == 0, outcome
+    assert outcome.err.startswith(f"schemes by a plan for {here().name}, ")
+    whole = plan_job("whole", rounding="rtn", candidates=["int4"])
+    made(check_to_plan(whole))
+    assert model_bytes(run_here(whole).store) == model_bytes(str(tmp_path / "store" / "broken"))
+
+
+def test_every_scheme_there_is_can_be_planned_and_checked(
+    plan_job: PlanJob, text_file: Path
+) -> None:
+    native = {"output": {"store": "./s", "format": "native"}, "compute_dtype": "bfloat16"}
+    job = check_to_plan(plan_job("n", native, candidates=["all"], held_out=str(text_file)))
+    (plan,) = made(job)
+    checked = {check.plan for check in plan.checks} - {"chosen"}
+    assert {"int8_static sym channel", "float8_static tensor"} <= checked
+    measured = {of.candidate.scheme for layer in plan.measured for of in layer.options}
+    assert {scheme.label() for scheme in measured if scheme} <= checked
 
 
 def test_linears_that_overrides_speak_of_are_not_planned(plan_job: PlanJob) -> None:
