@@ -256,6 +256,25 @@ def test_what_was_measured_before_an_interruption_is_kept(plan_job: PlanJob, die
     assert whole == plan
 
 
+def test_a_model_and_a_store_may_be_far_away(
+    plan_job: PlanJob, bucket: str, upload: Callable[..., str], model_folder: Callable[..., Path]
+) -> None:
+    sections = {
+        "model": {"path": upload(model_folder("llama"))},
+        "output": {"store": f"{bucket}/artifacts"},
+    }
+    path = plan_job("far", sections)
+    job = check_to_plan(path)
+    (plan,) = measured_plans(job, Fleet, Observer(), EFFORT)
+    place = plan_left.leave(job, plan, str(path.parent / "far.json"))
+    assert place.startswith(f"{bucket}/artifacts/far/plan/")
+    planned = check(path).planned
+    assert planned is not None
+    assert planned.plan == plan
+    again = measured_plans(check_to_plan(path), refuse_to_start, Observer(), EFFORT)
+    assert list(again) == [plan]
+
+
 def test_what_a_lost_worker_was_doing_is_done_by_another(plan_job: PlanJob) -> None:
     job = check_to_plan(plan_job())
     asked = Asked()
