@@ -81,6 +81,7 @@ class Checker:
         missing = {d: v for d, v in zip(digests, variants, strict=True) if d not in known}
         if missing:
             self.do(_tasks(job, missing, self.workers()))
+            sensed.tidy(store)
             known = sensed.known_divergences(store)
         return [known[digest] for digest in digests]
 

@@ -105,6 +105,7 @@ def _errors(job: ToPlan, fleet: _Fleet) -> Errors:
     missing = {linear: schemes for linear, schemes in missing.items() if schemes}
     if missing:
         fleet.do("sense", _sense_tasks(job, missing, fleet.workers()))
+        sensed.tidy(store)
         known = sensed.known(store, labels)
     return known
 

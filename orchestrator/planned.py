@@ -11,6 +11,7 @@ from jobs.spec import JobSpec
 from orchestrator.machines import Chosen
 from orchestrator.plan_files import read_plan
 from orchestrator.planning import PLAN, Schemes, last_match
+from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan, file_name, refuse_other_hardware
 from quantcore.autoquant.measurements import HardwareKind
@@ -87,7 +88,14 @@ def _asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
         return f"has the least {plan.choice.objective}, not the least {planning.least}"
     calls = {one.tokens: one.times for one in planning.calls}
     same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
-    return None if same else "was made for another profile"
+    if not same:
+        return "was made for another profile"
+    if bool(plan.checks) != (planning.held_out is not None):
+        return f"was made {'with' if plan.checks else 'without'} a held-out text"
+    offered = {option.candidate.scheme for layer in plan.measured for option in layer.options}
+    left = offered - {None, *schemes_of(planning.candidates)}
+    names = sorted(scheme.label() for scheme in left if scheme)
+    return f"has other candidates, as {names[0]}" if names else None
 
 
 def held_against(

@@ -36,7 +36,7 @@ from tests.conftest import BLOCKS
 from tests.plans import INT8, chosen_from, here, option
 from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
 from workers.machine import Machine, look
-from workers.sensed import keep, known, open_errors
+from workers.sensed import keep, known, open_errors, tidy
 from workers.tasks import Race, Sense
 
 CALLS = [{"tokens": 1, "times": 8}, {"tokens": 16}]
@@ -500,6 +500,8 @@ def test_a_plan_for_what_the_job_asks_no_more_is_refused(plan_job: PlanJob, tmp_
         ({"budgets": {"error": 0.5}}, "was made for other budgets"),
         ({"least": "error"}, "has the least time, not the least error"),
         ({"profile": "mix"}, "was made for another profile"),
+        ({"held_out": "a.txt"}, "was made without a held-out text"),
+        ({"candidates": ["int4"]}, "has other candidates, as int8 sym channel"),
     ):
         with pytest.raises(JobFaults, match=f"the plan in the job's folder {why}: run quantfleet"):
             check(plan_job(**changed))
@@ -544,15 +546,21 @@ def test_tasks_that_others_would_disturb_are_given_one_at_a_time() -> None:
     assert bag.offer(0) is not None
 
 
-def test_a_damaged_file_of_errors_is_named(tmp_path: Path) -> None:
+def test_errors_are_merged_in_any_order_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     store = open_errors(str(tmp_path), "key")
     keep(store, {"a": {INT8_LINEAR: 0.5}})
-    keep(store, {"a": {DYNAMIC: 0.25}, "b": {INT8_LINEAR: 1.0}})
+    keep(store, {"a": {INT8_LINEAR: 0.75, DYNAMIC: 0.25}, "b": {INT8_LINEAR: 1.0}})
     labels = {of.label(): of for of in (INT8_LINEAR, DYNAMIC)}
     assert known(store, labels) == {
         "a": {INT8_LINEAR: 0.5, DYNAMIC: 0.25},
         "b": {INT8_LINEAR: 1.0},
     }
+    files = store.list()
+    assert len(files) == 2
+    tidy(store)
+    (kept,) = store.list()
+    assert kept not in files
+    assert known(store, labels)["a"] == {INT8_LINEAR: 0.5, DYNAMIC: 0.25}
     store.put("0.json", b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}')
     with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
         known(store, labels)
