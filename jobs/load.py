@@ -102,6 +102,14 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     changes: dict[str, Any] = {
         "model": spec.model.model_copy(update={"path": place(spec.model.path)})
     }
+    plan = spec.quantization.plan
+    if plan is not None:
+        places = {
+            "path": plan.path and place(plan.path),
+            "held_out": absolute(plan.held_out),
+        }
+        named = {"plan": plan.model_copy(update=places)}
+        changes["quantization"] = spec.quantization.model_copy(update=named)
     if spec.calibration is not None:
         texts: dict[str, Any] = {
             "text": absolute(spec.calibration.text),

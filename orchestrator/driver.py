@@ -172,6 +172,10 @@ class _Driver:
         lease.check()
         files[REPORT] = _put(store, REPORT, dump(report))
         files[PICTURE] = _put(store, PICTURE, draw(prepared.spec.name, profile))
+        if prepared.planned is not None:
+            files[prepared.planned.name] = _put(
+                store, prepared.planned.name, prepared.planned.document
+            )
         commit(store, prepared.spec.name, files)
         self.observer.note("committed", store=store.url, files=len(files))
         return JobResult(store.url, report)

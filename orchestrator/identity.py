@@ -23,9 +23,17 @@ def identity(prepared: Prepared) -> Identity:
     """All but the model's content, which only the survey knows: see `with_content`."""
     spec, plan = prepared.spec, prepared.plan
     quantization = spec.quantization.model_dump(mode="json")
-    scheme = spec.quantization.scheme_of()
-    quantization["group_size"] = "tensor" if scheme.per_tensor else scheme.group_size
-    quantization["zero_point"] = scheme.zero_point
+    if prepared.planned is None:
+        scheme = spec.quantization.scheme_of()
+        quantization["group_size"] = "tensor" if scheme.per_tensor else scheme.group_size
+        quantization["zero_point"] = scheme.zero_point
+    else:  # wherever the document is, and whatever else it says
+        schemes = sorted(prepared.planned.schemes.items())
+        told = [[name, scheme and scheme.label()] for name, scheme in schemes]
+        quantization["plan"] = {
+            "rounding": spec.quantization.usual_method,
+            "schemes": _digest(told),
+        }
     contract = to_json(plan.contract)
     kind = contract.pop("kind")
     threads = contract.pop("threads")
@@ -129,6 +137,8 @@ def _keep_texts(store: Store, prepared: Prepared) -> None:
     text = read_text(evaluation) if evaluation else None
     if text is not None:
         store.put(EVALUATION, text.encode())
+    if prepared.planned is not None:
+        store.put(prepared.planned.name, prepared.planned.document)
 
 
 def _flat(prefix: str, value: Any) -> Identity:

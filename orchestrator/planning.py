@@ -1,7 +1,7 @@
 """From a checked job and a model's architecture to the plan."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from workers.plan import (
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384, "mixed": 4096}
 CHUNKS = 16  # at most this many workers share one calibration
 ROW_TILE = 1024
+PLAN = "quantization.plan.path"
+
+Schemes = Mapping[str, Scheme | None]  # by linear, as a plan document says; None: left dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +43,44 @@ class _Choice:
     layer: LayerPlan
     info: LinearInfo
     override: int | None  # number of the override that decided
+    planned: bool  # whether its scheme is the plan's
 
     def place(self, key: str) -> str:
+        if self.planned:
+            return PLAN
         if self.override is None:
             return f"quantization.{key}"
         return f"quantization.overrides.{self.override}"
 
 
 def plan_layers(
-    spec: JobSpec, architecture: Architecture
+    spec: JobSpec, architecture: Architecture, schemes: Schemes | None = None
 ) -> tuple[tuple[BlockPlan, ...], LayerPlan | None, list[Fault]]:
-    """What becomes of every linear, and what of it cannot be done."""
+    """What becomes of every linear, and what of it cannot be done.
+
+    `schemes` are those of `method: plan`, held against the model already.
+    """
+    schemes = schemes or {}
     choices = {
-        info.name: _choose(spec, info) for block in architecture.blocks for info in block.linears()
+        info.name: _choose(spec, info, schemes, last_match(spec, info.name))
+        for block in architecture.blocks
+        for info in block.linears()
     }
-    head, faults = _head(spec, architecture)
+    head, faults = _head(spec, architecture, schemes)
     faults += _unmatched(spec, architecture)
     faults += _refused(spec, list(choices.values()))
     faults += _indivisible(choices.values())
+    faults += _unsuited(spec, choices.values())
     faults += _split_fusions(spec, choices)
     layers = [choice.layer for choice in choices.values()] + ([head] if head else [])
-    schemes = frozenset(layer.scheme for layer in layers if layer.scheme)
-    if message := FORMATS[spec.output.format].refusal_together(schemes):
-        faults.append(Fault(field="quantization.symmetric", message=message))
+    faults += _not_together(spec, layers, planned=bool(schemes))
     if not any(choice.layer.scheme for choice in choices.values()):
-        faults.append(
-            Fault(field="quantization.overrides", message="every layer is skipped: nothing to do")
-        )
+        if schemes:
+            message = "the plan leaves every linear dense: there is nothing to do"
+            faults.append(Fault(field=PLAN, message=message))
+        else:
+            message = "every layer is skipped: nothing to do"
+            faults.append(Fault(field="quantization.overrides", message=message))
     blocks = tuple(
         BlockPlan(
             tuple(
@@ -164,16 +178,20 @@ def _unsmoothed(spec: JobSpec, blocks: tuple[BlockPlan, ...]) -> Iterator[Fault]
         )
 
 
-def _choose(spec: JobSpec, info: LinearInfo) -> _Choice:
-    """The last override that matches decides; none means the job's own scheme and method."""
-    found = _last_match(spec, info.name)
+def _choose(
+    spec: JobSpec, info: LinearInfo, schemes: Schemes, found: tuple[int, Override] | None
+) -> _Choice:
+    """The last override that matches decides; none means the job's or plan's scheme and method."""
     quantization = spec.quantization
-    scheme: Scheme | None = quantization.scheme_of()
-    method = quantization.method
+    planned = quantization.method == "plan"
+    scheme = schemes.get(info.name) if planned else quantization.scheme_of()
+    method = quantization.usual_method
     number = None
     if found is not None:
         number, override = found
-        scheme = None if override.skip else quantization.with_override(override)
+        if override.skip or override.scheme is not None or not planned:
+            planned = False
+            scheme = None if override.skip else quantization.with_override(override)
         method = override.method or method
     layer = LayerPlan(
         name=info.name,
@@ -182,19 +200,21 @@ def _choose(spec: JobSpec, info: LinearInfo) -> _Choice:
         scheme=scheme,
         method=method if scheme else None,
     )
-    return _Choice(layer, info, number)
+    return _Choice(layer, info, number, planned)
 
 
-def _last_match(spec: JobSpec, name: str) -> tuple[int, Override] | None:
+def last_match(spec: JobSpec, name: str) -> tuple[int, Override] | None:
     numbered = list(enumerate(spec.quantization.overrides))
     return next((pair for pair in reversed(numbered) if matches(pair[1].match, name)), None)
 
 
-def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, list[Fault]]:
-    """The output head stays as it is unless an override names it; embeddings always do."""
+def _head(
+    spec: JobSpec, architecture: Architecture, schemes: Schemes
+) -> tuple[LayerPlan | None, list[Fault]]:
+    """The output head stays as it is unless an override or plan names it; embeddings always do."""
     faults = []
     embedding = architecture.embedding
-    found = _last_match(spec, embedding) if embedding else None
+    found = last_match(spec, embedding) if embedding else None
     if found and not found[1].skip and _names_exactly(found[1], architecture):
         faults.append(
             Fault(
@@ -204,30 +224,45 @@ def _head(spec: JobSpec, architecture: Architecture) -> tuple[LayerPlan | None, 
             )
         )
     head = architecture.head
-    found = _last_match(spec, head.name if head else "lm_head")
-    if found is None or found[1].skip or not _names_exactly(found[1], architecture):
+    name = head.name if head else "lm_head"
+    found = last_match(spec, name)
+    if found is not None and not _names_exactly(found[1], architecture):
+        found = None
+    if schemes.get(name) is None if found is None else found[1].skip:
         return None, faults
-    number, override = found
-    field = f"quantization.overrides.{number}"
+    choice = _choose(spec, head or LinearInfo(name, 0, 0, "Linear"), schemes, found)
+    if choice.layer.scheme is None:  # a plan leaves it dense; the override names a method alone
+        return None, faults
+    if refusal := _head_refusal(spec, head, choice.layer):
+        key, message = refusal
+        field = PLAN if found is None else f"quantization.overrides.{found[0]}.{key}"
+        message += f", in an override of '{name}'" if found is None else ""
+        return None, [*faults, Fault(field=field, message=message)]
+    faults += [*_refused(spec, [choice]), *_indivisible([choice]), *_unsuited(spec, [choice])]
+    return choice.layer, faults
+
+
+def _head_refusal(
+    spec: JobSpec, head: LinearInfo | None, layer: LayerPlan
+) -> tuple[str, str] | None:
+    """Why an output head cannot be quantized so, with the key that says it."""
     if head is None:
-        message = "the output head shares the embedding's weight: it cannot be quantized alone"
-        return None, [*faults, Fault(field=f"{field}.match", message=message)]
+        shares = "the output head shares the embedding's weight: it cannot be quantized alone"
+        return "match", shares
     if not FORMATS[spec.output.format].output_head:
-        message = (
+        return "match", (
             f"transformers loads no quantized output head from {spec.output.format}: leave this "
             "out, or write output.format: compressed-tensors"
         )
-        return None, [*faults, Fault(field=f"{field}.match", message=message)]
-    if (override.method or spec.quantization.method) not in UNCALIBRATED:
-        message = (
+    if layer.method not in UNCALIBRATED:
+        return "method", (
             "the output head stands after the calibrated blocks: write method: rtn or hqq for it"
         )
-        return None, [*faults, Fault(field=f"{field}.method", message=message)]
-    choice = _choose(spec, head)
-    if choice.layer.scheme and choice.layer.scheme.static:
-        message = "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
-        return None, [*faults, Fault(field=f"{field}.scheme", message=message)]
-    return choice.layer, [*faults, *_refused(spec, [choice]), *_indivisible([choice])]
+    if layer.scheme and layer.scheme.static:
+        return "scheme", (
+            "the output head's inputs are not calibrated: write scheme: int8_dynamic for it"
+        )
+    return None
 
 
 def _names_exactly(override: Override, architecture: Architecture) -> bool:
@@ -265,6 +300,23 @@ def _refused(spec: JobSpec, choices: list[_Choice]) -> Iterator[Fault]:
             yield Fault(field=where, message=f"{message} (first: '{layer.name}')")
 
 
+def _not_together(spec: JobSpec, layers: list[LayerPlan], planned: bool) -> Iterator[Fault]:
+    """Schemes that the format cannot hold in one artifact; a plan's has a layer to be named."""
+    refusal = FORMATS[spec.output.format].refusal_together
+    together: set[Scheme] = set()
+    for layer in layers:
+        if layer.scheme is None or layer.scheme in together:
+            continue
+        together.add(layer.scheme)
+        message = refusal(frozenset(together))
+        if message and planned:
+            yield Fault(field=PLAN, message=f"{message} (first: '{layer.name}')")
+        elif message:
+            yield Fault(field="quantization.symmetric", message=message)
+        if message:
+            return
+
+
 def _indivisible(choices: Iterable[_Choice]) -> list[Fault]:
     """One fault per place in the job file, naming the group sizes that divide every width."""
     widths: dict[tuple[str, int], dict[int, str]] = {}
@@ -292,6 +344,26 @@ def _indivisible(choices: Iterable[_Choice]) -> list[Fault]:
     return faults
 
 
+def _unsuited(spec: JobSpec, choices: Iterable[_Choice]) -> Iterator[Fault]:
+    """Methods that a plan's schemes do not take: those that the job names, its spec has checked."""
+    for choice in choices:
+        scheme, method = choice.layer.scheme, choice.layer.method
+        if not choice.planned or scheme is None or method is None:
+            continue
+        where = "plan.rounding" if choice.override is None else f"overrides.{choice.override}"
+        try:
+            spec.quantization.refuse_method(scheme, method)
+        except ValueError as error:
+            message = f"'{choice.layer.name}', as the plan has it: {error}"
+            yield Fault(field=f"quantization.{where}", message=message)
+        if scheme.static and spec.calibration is None:
+            message = (
+                f"'{choice.layer.name}': {scheme.name} finds its activation scales in texts: add a "
+                "calibration section"
+            )
+            yield Fault(field=PLAN, message=message)
+
+
 def _split_fusions(spec: JobSpec, choices: dict[str, _Choice]) -> Iterator[Fault]:
     """Engines load q/k/v, and gate/up, as one matrix: one scheme for all of them, or none."""
     families: dict[tuple[str, frozenset[str]], list[_Choice]] = {}
@@ -304,13 +376,17 @@ def _split_fusions(spec: JobSpec, choices: dict[str, _Choice]) -> Iterator[Fault
     for (parent, fused), members in families.items():
         if len({member.layer.scheme for member in members}) == 1:
             continue
-        number = max(m.override for m in members if m.override is not None)
+        numbers = [m.override for m in members if m.override is not None and not m.planned]
+        number = max(numbers, default=None)
         if (number, fused) in seen:
             continue
         seen.add((number, fused))
         leaves = "/".join(sorted(fused, key=[m.layer.name.split(".")[-1] for m in members].index))
-        yield Fault(
-            field=f"quantization.overrides.{number}.match",
-            message=f"splits {leaves} of '{parent}', which engines load as one matrix: "
-            "match all of them or none",
-        )
+        splits = f"splits {leaves} of '{parent}', which engines load as one matrix"
+        if number is None:
+            yield Fault(field=PLAN, message=f"{splits}: plan anew, with one choice for all of them")
+        else:
+            yield Fault(
+                field=f"quantization.overrides.{number}.match",
+                message=f"{splits}: match all of them or none",
+            )

@@ -24,6 +24,7 @@ from quantcore.errors import JobFaults, ResourceError, SpecError
 
 _STOP_WAIT_S = 60  # for a driver to leave its lease and say what is kept
 _JOB_FILE = "job.yaml"
+_PLAN_FILE = "plan.json"
 _CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -138,6 +139,10 @@ def _packed(spec: JobSpec) -> Iterator[Path]:
             else:
                 shutil.copyfile(path, folder / packed)
             data[section][name] = packed
+        plan = spec.quantization.plan
+        if plan is not None and plan.path is not None and Path(plan.path).is_file():
+            shutil.copyfile(plan.path, folder / _PLAN_FILE)
+            data["quantization"]["plan"]["path"] = _PLAN_FILE
         (folder / _JOB_FILE).write_text(yaml.safe_dump(data, sort_keys=False))
         yield folder
 

@@ -18,7 +18,7 @@ from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
 from workers.evaluate import evaluate, read_text
 from workers.harness import unknown_tasks
-from workers.layout import CALIBRATION, EVALUATION, JOB, MANIFEST, block_key
+from workers.layout import CALIBRATION, EVALUATION, JOB, MANIFEST, PLANS, block_key
 from workers.loading import load
 from workers.store import LocalStore, Store, open_store
 
@@ -52,7 +52,19 @@ def kept_texts(store: Store, spec: JobSpec) -> Iterator[JobSpec]:
             text = Path(scratch) / Path(EVALUATION).name
             store.get_file(EVALUATION, text)
             changes["evaluation"] = spec.evaluation.model_copy(update={"text": text})
+        plan = spec.quantization.plan
+        if plan is not None and plan.path is not None:  # else it stands where it was found
+            kept = f"{store.url}/{_kept_plan(store)}"
+            named = {"plan": plan.model_copy(update={"path": kept})}
+            changes["quantization"] = spec.quantization.model_copy(update=named)
         yield spec.model_copy(update=changes)
+
+
+def _kept_plan(store: Store) -> str:
+    names = store.list(f"{PLANS}/")
+    if not names:
+        raise StoreError(f"{store.url}/{PLANS} holds no plan, and the job follows one")
+    return names[0]
 
 
 def job_status(store: Store) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def job_status(store: Store) -> dict[str, Any]:
     return {
         "job": began["spec"]["name"],
         "store": store.url,
-        "scheme": began["spec"]["quantization"]["scheme"],
+        "scheme": began["spec"]["quantization"]["scheme"] or "by plan",
         "blocks": total,
         "blocks_done": kept,
         "finished": store.exists(MANIFEST),

@@ -71,16 +71,27 @@ def join_linears(model: nn.Module, together: Iterable[Sequence[str]] = TOGETHER)
     Linears whose weights are of one scheme, layout and dtype can, or of one dense dtype; with the
     same static scale and smoothing of their inputs; all with a bias or none.
     """
+    found = joinable(model, together)
+    for names in found:
+        owner_name, _, first = names[0].rpartition(".")
+        owner = model.get_submodule(owner_name)
+        joined = Joined([model.get_submodule(name) for name in names])  # type: ignore[misc]
+        setattr(owner, first, joined)
+        for number, name in enumerate(names[1:]):
+            setattr(owner, name.rpartition(".")[2], Part(joined, number))
+    return [names[0] for names in found]
+
+
+def joinable(
+    model: nn.Module, together: Iterable[Sequence[str]] = TOGETHER
+) -> list[tuple[str, ...]]:
+    """The names of linears that `join_linears` makes one of, as they are now."""
     found = []
-    for owner_name, owner in list(model.named_modules()):
+    for owner_name, owner in model.named_modules():
         for names in together:
             linears = [getattr(owner, name, None) for name in names]
             if all(type(linear) is nn.Linear for linear in linears) and _alike(linears):
-                joined = Joined(linears)  # type: ignore[arg-type]
-                setattr(owner, names[0], joined)
-                for number, name in enumerate(names[1:]):
-                    setattr(owner, name, Part(joined, number))
-                found.append(f"{owner_name}.{names[0]}".lstrip("."))
+                found.append(tuple(f"{owner_name}.{name}".lstrip(".") for name in names))
     return found
 
 

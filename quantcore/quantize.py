@@ -54,7 +54,7 @@ def quantize_(  # noqa: PLR0913 - one call has all there is to say
     scheme = _resolved(scheme, group_size, zero_point)
     options = options or Options()
     refuse_unknown(method, scheme)
-    picked = _picked(model, filter)
+    picked = linears_of(model, filter)
     for name, linear in picked.items():
         _refuse_shape(name, linear, scheme)
     needs = needed(method, scheme, options)
@@ -106,7 +106,8 @@ def _resolved(
         raise QuantizationError(str(error)) from None
 
 
-def _picked(model: nn.Module, wanted: Filter | None) -> dict[str, nn.Linear]:
+def linears_of(model: nn.Module, wanted: Filter | None) -> dict[str, nn.Linear]:
+    """Those that a filter picks, by name; without one, what `quantize_` takes by itself."""
     picked: dict[str, nn.Linear] = {}
     head_of: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = head_of()

@@ -15,6 +15,7 @@ Shape suffixes: T = tokens, I = in_features.
 
 import contextlib
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -35,6 +36,7 @@ class InputStatistics:
     in_features: int
     moments: Moments | None
     ranges: Ranges | None
+    calls: Counter[int] = field(default_factory=Counter)  # by their number of tokens
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class Recorder(Mapping[str, InputStatistics]):
 
     `linears` says, by name and module, which modules to watch (by default each nn.Linear); they
     must take one tensor, (..., in_features). `sample_rows` tokens of each call go into the sample
-    of the ranges, so that it grows with the calls.
+    of the ranges, so that it grows with the calls, up to `most_rows` if that is said.
 
     Raises ValueError if there is no such linear, and when linears that shared an input once are
     handed different ones later: `share=False` gives each its own statistics.
@@ -67,6 +69,7 @@ class Recorder(Mapping[str, InputStatistics]):
         moments: bool = True,
         ranges: bool = True,
         sample_rows: int = 4,
+        most_rows: int | None = None,
         share: bool = True,
     ) -> None:
         self._watched = {name: m for name, m in module.named_modules() if linears(name, m)}
@@ -75,7 +78,7 @@ class Recorder(Mapping[str, InputStatistics]):
         if sample_rows < 1 or not (moments or ranges):
             raise ValueError("record moments or ranges, with sample_rows of 1 or more")
         self._wants_moments, self._wants_ranges = moments, ranges
-        self._sample_rows = sample_rows
+        self._sample_rows, self._most_rows = sample_rows, most_rows
         self._share = share
         self._groups: dict[str, _Group] = {}  # by each linear's name
         self._leaders: list[str] = []  # in the order of the forward
@@ -182,6 +185,7 @@ class Recorder(Mapping[str, InputStatistics]):
 
     def _add(self, name: str, group: _Group, x: Tensor) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1])
+        group.statistics.calls[len(x_TI)] += 1
         if self._mask is not None:
             if len(self._mask) != len(x_TI):
                 raise ValueError(
@@ -190,7 +194,10 @@ class Recorder(Mapping[str, InputStatistics]):
             x_TI = x_TI[self._mask.to(x_TI.device)]
         group.calls += 1
         group.latest, group.version = weakref.ref(x), _version(x)
-        for statistic in (group.statistics.moments, group.statistics.ranges):
+        ranges = group.statistics.ranges
+        if ranges is not None and self._most_rows is not None:
+            ranges.rows = min(self._sample_rows, self._most_rows - len(ranges.sample_SI))
+        for statistic in (group.statistics.moments, ranges):
             if statistic is not None:
                 statistic.add(x_TI)
 

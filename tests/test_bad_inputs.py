@@ -27,7 +27,7 @@ _JOBS: dict[str, tuple[dict[str, Any], int, str]] = {
     "unknown key in a section": (
         {"quantization": {**_GPTQ, "groupsize": 32}},
         2,
-        r"\.yaml:\d+:3: quantization.groupsize: unknown key: write one of scheme, group_size, ",
+        r"\.yaml:\d+:3: quantization.groupsize: unknown key: write one of method, scheme, ",
     ),
     "wrong type": (
         {"workers": {"count": "two"}},

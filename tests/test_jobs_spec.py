@@ -64,7 +64,7 @@ def test_a_scheme_has_its_usual_groups_unless_the_job_says_otherwise(name: str) 
         ({"scheme": "fp3"}, "unknown scheme 'fp3'"),
         ({"group_size": -32}, "greater than 0"),
         ({"group_size": "row"}, "channel"),
-        ({"method": "awq"}, "'rtn', 'gptq', 'hqq' or 'smoothquant'"),
+        ({"method": "awq"}, "'rtn', 'gptq', 'hqq', 'smoothquant' or 'plan'"),
         ({"range": "mse"}, "'search' or 'minmax'"),
     ],
 )
@@ -122,6 +122,58 @@ def test_gptq_needs_texts(overrides: list[dict[str, Any]]) -> None:
     with pytest.raises(ValidationError, match="add a calibration section, or write rtn or hqq"):
         job(quantization=section)
     assert job(quantization=section, calibration={"text": "t"}).calibration is not None
+
+
+PLANNED = {"method": "plan", "plan": {"path": "plan.json"}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({**PLANNED, "plan": {"path": "p", "candidates": ["int4"]}}, "made already: drop cand"),
+        ({**PLANNED, "plan": {"candidates": []}}, "candidates: none: write default"),
+        (
+            {**PLANNED, "plan": {"profile": "decode_1", "calls": [{"tokens": 1}]}},
+            "calls are a profile of their own",
+        ),
+        ({"scheme": "int8", "plan": {"path": "p"}}, "plan is for method: plan"),
+        ({**PLANNED, "scheme": "int4"}, "says the scheme of every linear: drop this key"),
+        ({**PLANNED, "group_size": 32}, "drop group_size, symmetric, zero_point"),
+        ({**PLANNED, "symmetric": False}, "drop group_size, symmetric, zero_point"),
+        ({**PLANNED, "plan": {"path": ""}}, "at least 1 character"),
+        ({**PLANNED, "plan": {"path": "gs://b/p"}}, "write a file, or s3://bucket/path/plan.json"),
+        ({**PLANNED, "plan": {"path": "s3://k:s@b/p"}}, "keep credentials out of the job file"),
+        ({**PLANNED, "plan": {"path": "p", "rounding": "smoothquant"}}, "'rtn', 'gptq' or 'hqq'"),
+        (
+            {**PLANNED, "overrides": [{"match": "a", "group_size": 32}]},
+            "overrides.0: group_size, .* a plan has many: write scheme beside them",
+        ),
+        ({**PLANNED, "overrides": [{"match": "a", "method": "plan"}]}, "'hqq' or 'smoothquant'"),
+        (
+            {**PLANNED, "overrides": [{"match": "a", "scheme": "float8", "method": "hqq"}]},
+            "hqq fits grids of whole codes",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_plan_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        QuantizationSpec.model_validate_json(json.dumps(keys))
+
+
+def test_a_plan_is_rounded_as_jobs_are() -> None:
+    texts = {"text": "t"}
+    assert (
+        job(quantization={"method": "plan"}, calibration=texts).quantization.planning.path is None
+    )
+    assert job(quantization=PLANNED, calibration=texts).quantization.usual_method == "gptq"
+    with pytest.raises(ValidationError, match="add a calibration section, or write rtn or hqq"):
+        job(quantization=PLANNED)
+    plain = {**PLANNED, "plan": {"path": "plan.json", "rounding": "rtn"}}
+    spec = job(quantization=plain)
+    assert spec.quantization.usual_method == "rtn"
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    with pytest.raises(ValidationError, match="add a calibration section"):
+        job(quantization={**plain, "overrides": [{"match": "a", "method": "gptq"}]})
 
 
 def test_gptq_for_one_layer_needs_texts_too() -> None:

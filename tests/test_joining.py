@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcore.errors import QuantizationError
-from quantcore.joining import Joined, join_linears
+from quantcore.joining import Joined, join_linears, joinable
 from quantcore.quantize import quantize_
 from quantcore.schemes import Scheme
 
@@ -51,7 +51,11 @@ def test_joined_linears_give_what_each_gave(scheme: Scheme | None, layout: str, 
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.no_grad():
         wanted = model(x)
+        assert joinable(model) == [
+            tuple(f"{block}.{name}_proj" for name in "qkv") for block in (0, 2)
+        ]
         assert join_linears(model) == ["0.q_proj", "2.q_proj"]
+        assert joinable(model) == []
         assert (model(x) - wanted).norm() <= 1e-2 * wanted.norm()
         first = model[0]
         assert isinstance(first.q_proj, Joined) and first.q_proj._input is None

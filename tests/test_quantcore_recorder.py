@@ -187,6 +187,20 @@ def test_either_statistic_may_be_left_out(model: Model) -> None:
     assert len(recorder["layers.0.q_proj"].ranges.sample_SI) == 3
 
 
+def test_calls_are_counted_by_their_tokens_and_a_sample_is_bounded(model: Model) -> None:
+    inputs = [torch.randn(2, tokens, WIDTH) for tokens in (3, 5, 3, 8)]
+    recorder = record(model, inputs, moments=False, sample_rows=4, most_rows=9)
+    for statistics in recorder.groups():
+        assert statistics.calls == {6: 2, 10: 1, 16: 1}
+        assert statistics.ranges.tokens == 38
+        assert len(statistics.ranges.sample_SI) == 9
+    unbounded = record(model, inputs, moments=False, sample_rows=4)
+    for name in recorder:
+        sample_SI = unbounded[name].ranges.sample_SI
+        assert torch.equal(recorder[name].ranges.sample_SI, sample_SI[:9])
+        assert len(sample_SI) == 16
+
+
 def test_the_record_is_what_gptq_takes(model: Model) -> None:
     moments = record(model, batches(9))["layers.0.o_proj"].moments
     factor = factorize(moments.mean(), GptqConfig())

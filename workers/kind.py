@@ -26,7 +26,7 @@ def present_devices() -> tuple[str, ...]:
 
 def hardware_kind(device: str) -> dict[str, str]:
     """Two machines with equal answers are expected to compute equal bits."""
-    kind = {"device": device, "torch": torch.__version__, "triton": _version("triton")}
+    kind = {"device": device, "torch": str(torch.__version__), "triton": _version("triton")}
     kind["bfloat16"] = "native" if _multiplies_bfloat16(device) else "none"
     if device == "cuda":
         kind["name"] = torch.cuda.get_device_name()

@@ -17,6 +17,8 @@ STATISTICS_INDEX = f"{STATISTICS}/index.json"
 MANIFEST = "manifest.json"
 REPORT = "report/report.json"
 PICTURE = "report/profile.svg"  # of the report's profile
+PLANS = "plan"
+MEASUREMENTS = "measurements"  # of a store, beside its jobs
 MODEL = "model"
 INDEX = f"{MODEL}/model.safetensors.index.json"
 

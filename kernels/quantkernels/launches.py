@@ -2,9 +2,9 @@
 
 Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
 entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
-bfloat16 product took. A shape that was not tuned takes the nearest that was; a GPU without data
-takes what is usual. Data of another version of a kernel are left aside with a warning, and so is a
-damaged file.
+bfloat16 product took. A shape that was not tuned takes the nearest that was, from a GPU of the same
+multiprocessors where its own has none for about as many tokens; without data it takes what is
+usual. Data of another version of a kernel are left aside with a warning, and so is a damaged file.
 """
 
 import json

@@ -17,6 +17,7 @@ __all__ = [
     "S3Store",
     "Store",
     "missing_parents",
+    "open_file",
     "open_store",
     "probe",
     "safe_name",
@@ -44,6 +45,18 @@ def open_store(url: str, *, conditional_writes: bool = True, patience_s: float =
             "keep credentials out of the URL: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     return S3Store(url, conditional_writes=conditional_writes, patience_s=patience_s)
+
+
+def open_file(place: str) -> tuple[Store, str]:
+    """The store that one file stands in, and its name there. Raises StoreError for what is none."""
+    scheme, separator, rest = place.partition("://")
+    if not separator or scheme == "file":
+        path = Path(rest if separator else place).absolute()
+        return open_store(str(path.parent)), path.name
+    parent, _, name = place.rpartition("/")
+    if not name or parent == f"{scheme}:/":
+        raise StoreError(f"there is no file at '{place}': name one, as s3://bucket/path/name")
+    return open_store(parent), name
 
 
 def probe(store: Store) -> None:

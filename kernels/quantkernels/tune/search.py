@@ -25,7 +25,6 @@ FINALISTS = 3  # that are timed again, for longer
 # relative, of a product beside that of the values rounded to bfloat16
 MOST_ERROR = {"weight_only": 1e-2, "w8a8": 2e-2}
 
-
 Compiling = Sequence[Future[list[Launch]]]
 
 

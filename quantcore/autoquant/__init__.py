@@ -1,0 +1,5 @@
+"""Which scheme each linear takes on one kind of hardware: measured, chosen, and kept as a plan."""
+
+from quantcore.autoquant.inplace import Autoquant, autoquant, restore
+
+__all__ = ["Autoquant", "autoquant", "restore"]
