@@ -195,15 +195,44 @@ def choose(
         better = problem.total(first, uniform) * (1 + TOLERANCE) < problem.total(first, picks)
         if better and problem.fits(uniform, limits):
             picks = uniform
+    return _choice(problem, picks, objective, budgets)
+
+
+def choose_as(
+    layers: Sequence[Layer],
+    objective: Objective,
+    budgets: Budgets,
+    labels: Mapping[str, str],
+    correction: float = 1.0,
+) -> Choice:
+    """What was chosen otherwise: by layer, the label of one of its options. Budgets are told."""
+    problem = Problem(layers, correction)
+    picks = tuple(
+        next(at for at, option in enumerate(of) if option.label == labels[layer.name])
+        for layer, of in zip(problem.layers, problem.options, strict=True)
+    )
+    return _choice(problem, picks, objective, budgets)
+
+
+def uniform_labels(layers: Sequence[Layer], label: str) -> dict[str, str]:
+    """By layer, what it takes in the uniform plan of this label."""
+    return {
+        layer.name: label if any(of.label == label for of in layer.options) else DENSE_LABEL
+        for layer in layers
+    }
+
+
+def _choice(problem: Problem, picks: Picks, objective: Objective, budgets: Budgets) -> Choice:
+    limits = budgets.limits()
     return Choice(
         objective=objective,
         budgets=budgets,
-        correction=correction,
+        correction=problem.correction,
         layers=_chosen(problem, picks, ORDERS[objective], limits),
         totals=problem.totals(picks),
         uniforms=tuple(
             Uniform(label=label, totals=problem.totals(of), fits=problem.fits(of, limits))
-            for label, of in uniforms.items()
+            for label, of in problem.uniforms().items()
         ),
     )
 

@@ -18,12 +18,15 @@ from quantcore.autoquant.candidates import (
     refused,
     worth_timing,
 )
-from quantcore.autoquant.divergence import HeldOut, undone
+from quantcore.autoquant.divergence import HeldOut
 from quantcore.autoquant.document import Check
+from quantcore.autoquant.findings import Known
+from quantcore.autoquant.keys import Keys, of_bytes
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.options import Layer, Option, Profile, profiled
 from quantcore.autoquant.race import Effort
 from quantcore.autoquant.sensitivity import output_errors
+from quantcore.autoquant.swapping import undone
 from quantcore.autoquant.timing import Bench, Contest, timed
 from quantcore.errors import QuantizationError
 from quantcore.quantize import quantize_
@@ -51,12 +54,21 @@ def spots_of(
     schemes: Sequence[Scheme],
     recorder: Recorder,
     profile: Profile | None,
+    known: Known,
+    keys: Keys,
 ) -> list[Spot]:
     """In the order of the linears. Without a profile, each has what was recorded of it."""
     first = {names[0]: names for names in joined}
     others = {name for names in first.values() for name in names[1:]}
     return [
-        _spot({of: linears[of] for of in first.get(name, (name,))}, schemes, recorder, profile)
+        _spot(
+            {of: linears[of] for of in first.get(name, (name,))},
+            schemes,
+            recorder,
+            profile,
+            known,
+            keys,
+        )
         for name in linears
         if name not in others
     ]
@@ -67,6 +79,8 @@ def _spot(
     schemes: Sequence[Scheme],
     recorder: Recorder,
     profile: Profile | None,
+    known: Known,
+    keys: Keys,
 ) -> Spot:
     names = tuple(linears)
     weights = [linear.weight for linear in linears.values()]
@@ -83,8 +97,13 @@ def _spot(
     asked = list({of.scheme: None for of in legal if of.scheme is not None})
     errors = dict.fromkeys(asked, 0.0)
     for name, linear in linears.items():
-        for scheme, error in output_errors(name, linear.weight, recorder[name], asked).items():
-            errors[scheme] += error
+        findings = {scheme: keys.error(name, scheme) for scheme in asked}
+        missing = [scheme for scheme in asked if findings[scheme] not in known]
+        if missing:
+            found = output_errors(name, linear.weight, recorder[name], missing)
+            known.add({findings[scheme]: error for scheme, error in found.items()})
+        for scheme in asked:
+            errors[scheme] += known[findings[scheme]]
     owner = names[0].rpartition(".")[0]
     short = "+".join(name.rpartition(".")[2] for name in names)
     return Spot(
@@ -100,26 +119,35 @@ def _spot(
 
 
 def checked(
-    model: nn.Module, spots: Sequence[Spot], recorder: Recorder, held_out: HeldOut
+    model: nn.Module,
+    spots: Sequence[Spot],
+    recorder: Recorder,
+    held_out: HeldOut,
+    known: Known,
+    keys: Keys,
 ) -> tuple[dict[Scheme, float], list[Check]]:
     """For each scheme, what its errors are scaled by, from the whole model under it alone."""
     factors, checks = {}, []
     for scheme in {scheme: None for spot in spots for scheme in spot.errors}:
-        taking = {name for spot in spots if scheme in spot.errors for name in spot.linears}
-        with undone(model, taking):
-            quantize_(
-                model,
-                scheme,
-                lambda name, _, taking=taking: name in taking,  # type: ignore[misc]
-                recorder=recorder if scheme.static else None,
-                inductor_settings=False,
-            )
-            measured = held_out.divergence()
+        taking = [name for spot in spots if scheme in spot.errors for name in spot.linears]
+        finding = keys.of_scheme(scheme, taking)
+        if finding not in known:
+            held_out.look()
+            with undone(model, taking):
+                quantize_(
+                    model,
+                    scheme,
+                    lambda name, _, taking=taking: name in taking,  # type: ignore[misc]
+                    recorder=recorder if scheme.static else None,
+                    inductor_settings=False,
+                )
+                known.add({finding: held_out.divergence()})
+        moved = known[finding]
         summed = sum(spot.errors.get(scheme, 0.0) for spot in spots)
         if summed > 0:
-            factors[scheme] = measured / summed
+            factors[scheme] = moved / summed
         label = scheme.label()
-        checks.append(Check(plan=label, summed=summed, predicted=None, measured=measured))
+        checks.append(Check(plan=label, summed=summed, predicted=None, measured=moved))
     return factors, checks
 
 
@@ -129,6 +157,7 @@ def measured(
     known: Mapping[Product, Timing],
     bench: Bench,
     effort: Effort,
+    sizes: Known,
 ) -> tuple[list[Layer], dict[Product, Timing]]:
     """Layers to choose from, and what was timed for them: spots of one shape race once."""
     alike: dict[tuple[object, ...], list[Spot]] = {}
@@ -141,7 +170,7 @@ def measured(
     for these in alike.values():
         one = these[0]
         shape = (one.rows, one.columns, one.dtype)
-        num_bytes = {of: bench.num_bytes(of, *shape) for of in one.offered}
+        num_bytes = {of: _num_bytes(of, shape, bench, sizes) for of in one.offered}
         contest = Contest(
             rows=one.rows,
             columns=one.columns,
@@ -173,6 +202,15 @@ def measured(
                 ),
             )
     return [layers[spot.name] for spot in spots], new
+
+
+def _num_bytes(
+    candidate: Candidate, shape: tuple[int, int, str], bench: Bench, sizes: Known
+) -> int:
+    finding = of_bytes(candidate, *shape, bench.device)
+    if finding not in sizes:
+        sizes.add({finding: bench.num_bytes(candidate, *shape)})
+    return round(sizes[finding])
 
 
 def _error(spot: Spot, candidate: Candidate, factors: Mapping[Scheme, float]) -> float:
