@@ -6,7 +6,7 @@ become; their errors add up. A scheme's errors are scaled once the whole model w
 costs no more in bytes or error. Its uniform plan is dense where it lost, or none if it lost all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,15 +18,14 @@ from quantcore.autoquant.candidates import (
     refused,
     worth_timing,
 )
-from quantcore.autoquant.divergence import HeldOut
+from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import Check
 from quantcore.autoquant.findings import Known
-from quantcore.autoquant.keys import Keys, of_bytes
+from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.options import Layer, Option, Profile, profiled
 from quantcore.autoquant.race import Effort
 from quantcore.autoquant.sensitivity import output_errors
-from quantcore.autoquant.swapping import undone
 from quantcore.autoquant.timing import Bench, Contest, timed
 from quantcore.errors import QuantizationError
 from quantcore.quantize import quantize_
@@ -122,7 +121,7 @@ def checked(
     model: nn.Module,
     spots: Sequence[Spot],
     recorder: Recorder,
-    held_out: HeldOut,
+    held_out: Callable[[], HeldOut],
     known: Known,
     keys: Keys,
 ) -> tuple[dict[Scheme, float], list[Check]]:
@@ -132,7 +131,7 @@ def checked(
         taking = [name for spot in spots if scheme in spot.errors for name in spot.linears]
         finding = keys.of_scheme(scheme, taking)
         if finding not in known:
-            held_out.look()
+            compared = held_out()
             with undone(model, taking):
                 quantize_(
                     model,
@@ -141,7 +140,7 @@ def checked(
                     recorder=recorder if scheme.static else None,
                     inductor_settings=False,
                 )
-                known.add({finding: held_out.divergence()})
+                known.add({finding: compared.divergence()})
         moved = known[finding]
         summed = sum(spot.errors.get(scheme, 0.0) for spot in spots)
         if summed > 0:
@@ -157,7 +156,6 @@ def measured(
     known: Mapping[Product, Timing],
     bench: Bench,
     effort: Effort,
-    sizes: Known,
 ) -> tuple[list[Layer], dict[Product, Timing]]:
     """Layers to choose from, and what was timed for them: spots of one shape race once."""
     alike: dict[tuple[object, ...], list[Spot]] = {}
@@ -165,22 +163,13 @@ def measured(
         calls = tuple(sorted(spot.profile.calls.items()))
         key = (spot.rows, spot.columns, spot.dtype, calls, spot.offered)
         alike.setdefault(key, []).append(spot)
+    contests = [_contest(these, factors, bench) for these in alike.values()]
+    wanted = [of for contest in contests for of in contest.products()]
+    bench.prepare([product for product in wanted if product not in known])
     new: dict[Product, Timing] = {}
     layers: dict[str, Layer] = {}
-    for these in alike.values():
+    for these, contest in zip(alike.values(), contests, strict=True):
         one = these[0]
-        shape = (one.rows, one.columns, one.dtype)
-        num_bytes = {of: _num_bytes(of, shape, bench, sizes) for of in one.offered}
-        contest = Contest(
-            rows=one.rows,
-            columns=one.columns,
-            dtype=one.dtype,
-            calls=one.profile.calls,
-            costs={
-                of: (num_bytes[of], *(_error(spot, of, factors) for spot in these))
-                for of in one.offered
-            },
-        )
         new |= timed(contest, {**known, **new}, bench, effort)
         times = {
             of: profiled({**known, **new}, contest.product(of, 1), one.profile)
@@ -194,7 +183,7 @@ def measured(
                     Option(
                         candidate=of,
                         time=time,
-                        num_bytes=num_bytes[of],
+                        num_bytes=round(contest.costs[of][0]),
                         error=_error(spot, of, factors),
                     )
                     for of, time in times.items()
@@ -204,13 +193,22 @@ def measured(
     return [layers[spot.name] for spot in spots], new
 
 
-def _num_bytes(
-    candidate: Candidate, shape: tuple[int, int, str], bench: Bench, sizes: Known
-) -> int:
-    finding = of_bytes(candidate, *shape, bench.device)
-    if finding not in sizes:
-        sizes.add({finding: bench.num_bytes(candidate, *shape)})
-    return round(sizes[finding])
+def _contest(these: Sequence[Spot], factors: Mapping[Scheme, float], bench: Bench) -> Contest:
+    """Of spots that are alike: a candidate costs its bytes, and an error in each of them."""
+    one = these[0]
+    return Contest(
+        rows=one.rows,
+        columns=one.columns,
+        dtype=one.dtype,
+        calls=one.profile.calls,
+        costs={
+            of: (
+                bench.num_bytes(of, one.rows, one.columns, one.dtype),
+                *(_error(spot, of, factors) for spot in these),
+            )
+            for of in one.offered
+        },
+    )
 
 
 def _error(spot: Spot, candidate: Candidate, factors: Mapping[Scheme, float]) -> float:

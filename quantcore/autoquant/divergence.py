@@ -11,7 +11,8 @@ Shape suffixes: T = tokens, V = words.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,23 +24,17 @@ _ROWS = 512  # whose logits are compared at once, in float32
 
 
 class HeldOut:
-    """Of one model; held-out inputs as it is called with them.
+    """Of one model, which is dense when this is made; held-out inputs as it is called with them.
 
     An input is a tensor, or a mapping of keyword arguments. All their logits are kept.
     """
 
     def __init__(self, model: nn.Module, held_out: Sequence[Any]) -> None:
         self._model, self._held_out = model, held_out
-        self._dense: list[Tensor] | None = None
-
-    def look(self) -> None:
-        """While the model is dense, before anything is compared: once, however often it is said."""
-        if self._dense is None:
-            self._dense = [self._logits(given) for given in self._held_out]
+        self._dense = [self._logits(given) for given in held_out]
 
     def divergence(self) -> float:
         """Of the model as it is now."""
-        assert self._dense is not None, "it was not looked at while it was dense"
         total, tokens = 0.0, 0
         for given, dense_TV in zip(self._held_out, self._dense, strict=True):
             now_TV = self._logits(given)
@@ -67,3 +62,21 @@ class HeldOut:
 
 def _parts(logits_TV: Tensor) -> Sequence[Tensor]:
     return torch.split(logits_TV, _ROWS)
+
+
+@contextmanager
+def undone(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
+    """These linears and their weights are as before, once it is left."""
+    before = {name: model.get_submodule(name) for name in linears}
+    weights = {name: linear.weight for name, linear in before.items()}
+    try:
+        yield
+    finally:
+        for name, linear in before.items():
+            place(model, name, linear)
+            linear.weight = weights[name]
+
+
+def place(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from quantcore.autoquant.candidates import DENSE_LABEL, candidate_of
+from quantcore.autoquant.divergence import place, undone
 from quantcore.autoquant.document import End
 from quantcore.autoquant.measurements import Timing
 from quantcore.autoquant.options import Layer, Option, Time
 from quantcore.autoquant.race import Contender, Effort, Stopwatch, race
-from quantcore.autoquant.swapping import join, place, swap, undone
+from quantcore.autoquant.swapping import join, swap
 from quantcore.recorder import Recorder
 
 # Of a model as a plan leaves it, what is timed: it does once what the profile says

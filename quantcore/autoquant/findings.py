@@ -9,7 +9,6 @@
                  of the sample of its inputs
     divergence   of a whole model (divergence.py), under one scheme, or "plan"; its key is of the
                  model, the held-out inputs, what each linear takes, and ranges of static schemes
-    bytes        of a weight of a candidate; its key is shape, dtype and device
 
 Keys are of contents (digests.py): another model, sample or held-out text has others, and nothing is
 told to be stale by hand. One finding a line, sorted. `parse` leaves out and names what this version
@@ -129,7 +128,6 @@ def _unknown(finding: Finding) -> str | None:
     labels: Mapping[str, Callable[[str], str]] = {
         "error": lambda under: f"{under} plain",
         "divergence": lambda under: "dense" if under == PLAN else f"{under} plain",
-        "bytes": lambda under: under,
     }
     if finding.what not in labels:
         return f"nothing is called '{finding.what}'"

@@ -19,6 +19,7 @@ Told how the model runs, it times a few plans end to end and keeps the fastest (
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.costs import Spot, checked, measured, refuse_apart, spots_of
-from quantcore.autoquant.divergence import HeldOut
+from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import Check, Plan
 from quantcore.autoquant.finalists import Prepare, Stage
 from quantcore.autoquant.findings import Findings, Known
@@ -38,7 +39,7 @@ from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import HardwareKind, Measurements, merged
 from quantcore.autoquant.options import Profile, noise
 from quantcore.autoquant.race import Effort
-from quantcore.autoquant.swapping import join, swap, undone
+from quantcore.autoquant.swapping import join, swap
 from quantcore.autoquant.timing import Bench
 from quantcore.errors import QuantizationError
 from quantcore.inductor import recommended_inductor_settings
@@ -143,25 +144,24 @@ class Autoquant:
         spots = spots_of(
             self._linears, self._joined, self._schemes, recorder, self._profile, known, keys
         )
-        held_out = HeldOut(model, self._held_out) if self._held_out else None
+        held_out = cache(lambda: HeldOut(model, self._held_out))  # while the model is dense
         factors: dict[Scheme, float] = {}
         checks: list[Check] = []
-        if held_out is not None:
+        if self._held_out:
             factors, checks = checked(model, spots, recorder, held_out, known, keys)
         timings, ignored = self.measurements.of_kind(self._hardware)
         self.ignored = (*ignored, *self.findings.ignored)
-        layers, new = measured(spots, factors, timings, self._bench, self._effort, known)
+        layers, new = measured(spots, factors, timings, self._bench, self._effort)
         self.measurements = merged([self.measurements, Measurements(of={self._hardware: new})])
         self.findings = known.all()
 
         def confirm(choice: Choice) -> Check:
-            assert held_out is not None
             return self._check(choice, spots, held_out, known, keys)
 
         outcome = Chooser(
             objective=self._objective,
             budgets=self._budgets,
-            confirm=confirm if held_out else None,
+            confirm=confirm if self._held_out else None,
             stage=self._stage(spots),
         ).chosen(layers)
         self.findings = known.all()
@@ -197,17 +197,17 @@ class Autoquant:
         self,
         choice: Choice,
         spots: Sequence[Spot],
-        held_out: HeldOut,
+        held_out: Callable[[], HeldOut],
         known: Known,
         keys: Keys,
     ) -> Check:
         labels = {name: layer.option.label for layer in choice.layers for name in layer.linears}
         finding = keys.of_plan(labels)
         if finding not in known:
-            held_out.look()
+            compared = held_out()
             with undone(self._model, self._linears):
                 swap(self._model, labels, self._recorder)
-                known.add({finding: held_out.divergence()})
+                known.add({finding: compared.divergence()})
         return Check(
             plan="chosen",
             summed=_summed(choice, spots),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quantcore.autoquant.candidates import Candidate, candidate_of
+from quantcore.autoquant.candidates import candidate_of
 from quantcore.autoquant.digests import combined, of_model, of_statistics, of_tensor, of_value
 from quantcore.autoquant.findings import PLAN, Finding
 from quantcore.recorder import Recorder
@@ -60,8 +60,3 @@ class Keys:
         if scheme is None or not scheme.static:
             return []
         return [self._samples[name] for name in sorted(taking)]
-
-
-def of_bytes(candidate: Candidate, rows: int, columns: int, dtype: str, device: str) -> Finding:
-    of = f"{rows}x{columns} {dtype} {device}"
-    return Finding(what="bytes", of=of, under=candidate.label())

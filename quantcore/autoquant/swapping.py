@@ -4,8 +4,7 @@ restore(model, plan)     # of a dense model: rounded plainly, the plan's choices
 relay(model, plan)       # of a loaded artifact: its own codes, laid as the plan has them
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -97,24 +96,6 @@ def swap(model: nn.Module, labels: Mapping[str, str], recorder: Recorder | None)
         for name, weight in before.items():
             linears[name].weight = weight
         raise
-
-
-@contextmanager
-def undone(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
-    """Linears and their weights are as before, once it is left."""
-    before = {name: model.get_submodule(name) for name in linears}
-    weights = {name: linear.weight for name, linear in before.items()}
-    try:
-        yield
-    finally:
-        for name, linear in before.items():
-            place(model, name, linear)
-            linear.weight = weights[name]
-
-
-def place(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, module)
 
 
 def join(model: nn.Module, names: Sequence[str]) -> None:
