@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantkernels.weight_only.arrivals import forget
+from quantkernels.weight_only.arrivals import apart
 from torch import Tensor, nn
 
 from quantcore.autoquant.ahead import compile_ahead
@@ -102,12 +102,8 @@ def timed(
         watches = {tokens: _Lazy(bench, of) for tokens, of in named.items()}
         contenders.append(Contender(watches, costs, before))
         products.append(named)
-    try:
-        with torch.no_grad():
-            found = race(contenders, contest.calls, effort)
-    finally:
-        if bench.device == "cuda":
-            forget()  # no graph of this race is replayed again
+    with torch.no_grad(), apart():
+        found = race(contenders, contest.calls, effort)
     return {
         named[tokens]: timing
         for named, timings in zip(products, found, strict=True)

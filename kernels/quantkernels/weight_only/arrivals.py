@@ -5,6 +5,9 @@ a launch that is captured into a CUDA graph, which may be replayed on any stream
 of its own. They come out of a pool, made while nothing is captured, and again when half is spent.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -45,3 +48,16 @@ def forget() -> None:
     """All counters are free again: for a caller whose captured launches are not replayed again."""
     _of_stream.clear()
     _pools.clear()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is captured within is not replayed after it; what was captured before goes on to be."""
+    of_stream, pools = dict(_of_stream), dict(_pools)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+        _of_stream.update(of_stream)
+        _pools.update(pools)
