@@ -190,6 +190,7 @@ def measured(
                     if time is not None
                 ),
             )
+    bench.release()
     return [layers[spot.name] for spot in spots], new
 
 

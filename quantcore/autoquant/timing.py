@@ -69,6 +69,11 @@ class Bench:
         if self.device == "cuda":
             compile_ahead(products)
 
+    def release(self) -> None:
+        """Linears and their copies go; the next product makes its own."""
+        self._shape, self._pool = None, None
+        self._copies.clear()
+
     def stopwatch(self, product: Product) -> Stopwatch:
         copies = self._made(product.candidate, product.rows, product.columns, product.dtype)
         size = num_bytes(copies[0].weight)

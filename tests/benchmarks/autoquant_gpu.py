@@ -14,50 +14,38 @@ prompt asks it for one token. In turn, each for the profiles decode 1, decode 16
     budget    from the cache, with an error between two uniform schemes
     proven    from the cache, with a few plans run end to end, one of which is kept (`--prove`)
 
-Then end to end, one after another in this run: dense, the plans, every uniform plan that lost no
-race, by its predicted time, and dense again. A decode step is the replay of a CUDA graph, out of a
-static cache; a prompt is a plain forward.
+Then end to end, one after another in this run: dense, the plans, uniform plans that lost no race
+(`--uniforms` of them, by predicted time), and dense again. A decode step is the replay of a CUDA
+graph, out of a static cache; a prompt is a plain forward.
 
     predicted   the sum of the plan's linears, and the rest of the model: what the dense model took
                 end to end, less what its linears were timed at
     measured    medians, with 20th and 80th percentiles
 
-`--deadline` seconds after its start it begins with no other plan, and says what is left out.
+`--deadline` seconds after its start no proof and no uniform plan is begun any more; it says which.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from quantcore.autoquant import autoquant
 from quantcore.autoquant.candidates import CLASSES, DENSE_LABEL
 from quantcore.autoquant.choice import Budgets, uniform_labels
-from quantcore.autoquant.divergence import undone
 from quantcore.autoquant.document import Plan, written
-from quantcore.autoquant.finalists import Prepare
-from quantcore.autoquant.findings import Findings
-from quantcore.autoquant.measurements import HardwareKind, Measurements, Product
+from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
-from quantcore.autoquant.race import Effort, Stopwatch
-from quantcore.autoquant.swapping import swap
 from quantcore.autoquant.telling import proven
-from quantcore.autoquant.timing import Bench
-from quantcore.joining import join_linears
-from quantcore.quantize import linears_of
-from quantcore.recorder import Recorder
 from tests.benchmarks.block_costs import SHAPES
-from tests.benchmarks.decode import WHOLE, Decoder, linear_bytes, random_model
-from workers.fusing import fuse
+from tests.benchmarks.decode import WHOLE, random_model
+from tests.benchmarks.plan_runs import FREE, Run, fuse_by_name, runner
 from workers.kind import hardware_kind
 
 TINY = {
@@ -68,8 +56,6 @@ TINY = {
     "num_hidden_layers": 2,
     "vocab_size": 512,
 }
-FREE = Budgets()
-_DECODED = 16  # as many tokens a call or fewer are a step of so many sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,146 +68,6 @@ class Row:
     high_ms: float
     linear_bytes: int
     error: float | None  # nats a token, predicted
-
-
-class Careful(Bench):
-    """A candidate that fails is named and loses, so that the others are told."""
-
-    def stopwatch(self, product: Product) -> Stopwatch:
-        try:
-            return super().stopwatch(product)
-        except Exception as error:  # whatever it is
-            shape = f"{product.rows}x{product.columns}, {product.tokens} tokens"
-            print(f"FAILED: {product.candidate.label()}, {shape}: {error!r}"[:400], flush=True)
-            return lambda repeats: [1e9] * repeats
-
-
-@dataclass(slots=True)
-class Run:
-    """One model, dense whenever nothing is done with it, and all that is known of it."""
-
-    model: nn.Module
-    options: argparse.Namespace
-    hardware: HardwareKind
-    recorded_BT: Tensor
-    held_out_BT: Tensor
-    begun_s: float
-    measurements: Measurements = field(default_factory=lambda: Measurements(of={}))
-    findings: Findings = field(default_factory=Findings)
-    linears: dict[str, nn.Linear] = field(default_factory=dict)
-    recorder: Recorder | None = None  # for static schemes
-
-    def __post_init__(self) -> None:
-        self.linears = linears_of(self.model, None)
-        watched = self.linears.keys()
-        self.recorder = Recorder(self.model, lambda name, _: name in watched, moments=False)
-        with self.recorder:
-            self.model(self.recorded_BT, use_cache=False, logits_to_keep=1)
-
-    def planned(
-        self, profile: Profile, budgets: Budgets = FREE, run: Prepare | None = None
-    ) -> tuple[Plan, float]:
-        """The plan, and the seconds from the recorded call's end until it is chosen and swapped."""
-        options = self.options
-        with undone(self.model, self.linears):
-            auto = autoquant(
-                self.model,
-                options.candidates,
-                profile=profile,
-                budgets=budgets,
-                held_out=[self.held_out_BT],
-                calls=None,
-                join=True,
-                run=run,
-                measurements=self.measurements,
-                findings=self.findings,
-                hardware=self.hardware,
-                bench=Careful(options.device),
-                effort=Effort(seconds=options.seconds),
-            )
-            self.model(self.recorded_BT, use_cache=False, logits_to_keep=1)
-            _wait()
-            start = time.perf_counter()
-            plan = auto.finalize()
-            _wait()
-            seconds = time.perf_counter() - start
-        self.measurements, self.findings = auto.measurements, auto.findings
-        for warning in auto.warnings:
-            print(f"    {warning}", flush=True)
-        _tidy()
-        return plan, seconds
-
-    def late(self) -> bool:
-        return time.perf_counter() - self.begun_s > self.options.deadline
-
-    def timed(self, labels: dict[str, str], profiles: Iterable[Profile]) -> dict[str, list[float]]:
-        """Milliseconds of each profile under a plan, by linear; and its bytes."""
-        with undone(self.model, self.linears):
-            swap(self.model, labels, self.recorder)
-            join_linears(self.model)
-            found = {}
-            for profile in profiles:
-                run = runner(profile, self.options)(self.model)
-                found[profile.name] = [_ms(run) for _ in range(self.options.repeats + 1)][1:]
-                del run
-            head = self.model.get_output_embeddings().weight.nbytes  # type: ignore[operator]
-            found["bytes"] = [linear_bytes(self.model) - head]
-        _tidy()
-        return found
-
-
-def runner(profile: Profile, options: argparse.Namespace) -> Prepare:
-    """All calls of a profile, once."""
-
-    def prepared(model: nn.Module) -> Callable[[], object]:
-        parts = [_part(model, tokens, round(n), options) for tokens, n in profile.calls.items()]
-        return lambda: [part() for part in parts]
-
-    return prepared
-
-
-def _part(
-    model: nn.Module, tokens: int, calls: int, options: argparse.Namespace
-) -> Callable[[], object]:
-    device = next(model.parameters()).device
-    if tokens > _DECODED:
-        prompt_BT = torch.ones(1, tokens, dtype=torch.long, device=device)
-        return lambda: [
-            model(prompt_BT, use_cache=False, logits_to_keep=1).logits for _ in range(calls)
-        ]
-    decoder = Decoder(model, tokens, options.cache, compiled=False)
-    ids_BT = torch.ones(tokens, 4, dtype=torch.long, device=device)
-    decoder.capture(ids_BT)
-    left = [0]  # of the cache
-
-    def steps() -> None:
-        for _ in range(calls):
-            if not left[0]:
-                decoder.begin(ids_BT)
-                left[0] = options.cache - ids_BT.shape[1] - 1
-            decoder.step()
-            left[0] -= 1
-
-    return steps
-
-
-def _ms(run: Callable[[], object]) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _tidy() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def agreement(one: Plan, other: Plan) -> dict[str, Any]:
@@ -299,8 +145,8 @@ def end_to_end(run: Run, profiles: list[Profile], plans: dict[str, Plan]) -> lis
     linears = {layer.layer: layer.linears for layer in plans[profiles[0].name].choice.layers}
     times: dict[str, dict[str, list[float]]] = {}
 
-    def take(name: str, labels: dict[str, str]) -> None:
-        if run.late():
+    def take(name: str, labels: dict[str, str], always: bool = True) -> None:
+        if run.late() and not always:
             print(f"left out: {name}", flush=True)
             return
         times[name] = run.timed(labels, profiles)
@@ -309,10 +155,10 @@ def end_to_end(run: Run, profiles: list[Profile], plans: dict[str, Plan]) -> lis
     take(DENSE_LABEL, dict.fromkeys(run.linears, DENSE_LABEL))
     for name, plan in plans.items():
         take(name, plan.labels())
-    for label in _uniforms(by_profile.values()):
+    for label in _uniforms(by_profile.values())[: run.options.uniforms]:
         by_layer = uniform_labels(by_profile[profiles[0].name].measured, label)
         all_of_it = {of: label for layer in by_layer for of in linears[layer]}
-        take(label, all_of_it)
+        take(label, all_of_it, always=False)
     take("dense again", dict.fromkeys(run.linears, DENSE_LABEL))
     return [
         row
@@ -349,10 +195,11 @@ def _rows(
     for name, found in times.items():
         of = sorted(found[profile])
         plan = plans.get(name)
-        totals = plan.choice.totals if plan else uniforms.get(name.removesuffix(" again"))
+        label = name.removesuffix(" again")
+        totals = plan.choice.totals if plan else uniforms.get(label)
         if plan is not None and plan.profile.name != profile:
             continue  # a plan for other calls
-        lost = plan is None and (totals is None or _lost(own, name))
+        lost = plan is None and (totals is None or _lost(own, label))
         predicted = None if lost or rest_ms is None or totals is None else totals.time_us / 1e3
         yield Row(
             profile=profile,
@@ -367,6 +214,7 @@ def _rows(
 
 
 def table(rows: Iterable[Row]) -> str:
+    """The rest is in --json."""
     lines = [
         "| profile | plan | predicted, ms | measured (p20, p80) | off | linears, MB | nats |",
         "|---|---|---|---|---|---|---|",
@@ -382,6 +230,17 @@ def table(rows: Iterable[Row]) -> str:
             f"{of.high_ms:.3f}) | {off} | {of.linear_bytes / 1e6:.0f} | {error} |"
         )
     return "\n".join(lines)
+
+
+def _shown(rows: Sequence[Row], plans: Iterable[str], most: int) -> Iterable[Row]:
+    """Of each profile dense, the plans, and the uniform plans that were fastest."""
+    by_profile: dict[str, list[Row]] = {}
+    for row in rows:
+        by_profile.setdefault(row.profile, []).append(row)
+    for of in by_profile.values():
+        named = [row for row in of if row.plan in (*plans, DENSE_LABEL, f"{DENSE_LABEL} again")]
+        uniforms = sorted((row for row in of if row not in named), key=lambda row: row.measured_ms)
+        yield from [*named, *uniforms[:most]]
 
 
 def slower(rows: list[Row]) -> list[str]:
@@ -418,7 +277,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prove", nargs="*", default=["mix"], help="profiles")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each product, at most")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--deadline", type=float, default=420.0, help="seconds")
+    parser.add_argument("--uniforms", type=int, default=20, help="so many run, the fastest first")
+    parser.add_argument("--show", type=int, default=8, help="so many of them in the table")
+    parser.add_argument("--deadline", type=float, default=390.0, help="seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plans", type=Path, help="a folder for the documents")
     parser.add_argument("--json", type=Path)
@@ -435,7 +296,7 @@ def main() -> None:
     shape = shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"]}
     config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=False, **shape)
     model = random_model(config, options.device)
-    fuse(model)
+    fuse_by_name(model)
     kind = hardware_kind(options.device)
     threads = torch.get_num_threads() if options.device == "cpu" else 0
     draw = torch.Generator(options.device).manual_seed(1)
@@ -471,7 +332,7 @@ def main() -> None:
     print(json.dumps(facts["seconds"]))
     print(json.dumps(facts["agreement"]))
     print("\n".join(slower(rows)) or "no plan is slower than dense or a uniform plan that fits")
-    print(f"\n{table(rows)}")
+    print(f"\n{table(_shown(rows, plans, options.show))}")
     if options.json:
         document = {"kind": kind, **facts, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1))
