@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantkernels.weight_only import arrivals
 
 from quantcore.autoquant import ahead
 from quantcore.autoquant.candidates import (
@@ -19,7 +20,9 @@ from quantcore.autoquant.candidates import (
     worth_timing,
 )
 from quantcore.autoquant.measurements import Product
+from quantcore.autoquant.race import Effort
 from quantcore.autoquant.shapes import num_bytes, weight_of
+from quantcore.autoquant.timing import Bench, Contest, timed
 from quantcore.quantize import quantize_
 from quantcore.tensors import QuantizedTensor, w8a8, weight_only
 
@@ -166,3 +169,26 @@ def test_inputs_that_are_rounded_are_compiled_for_as_they_are_served(
 
 def test_a_process_that_cannot_compile_ends_in_peace() -> None:
     ahead._run([products((1,))[1:3]], H100)
+
+
+@pytest.mark.gpu
+def test_what_was_compiled_ahead_is_raced_in_graphs_on_a_gpu() -> None:
+    candidates = [DENSE, candidate_of("int4 sym g64 triton_tiled")]
+    candidates += [candidate_of("float8_dynamic channel plain")]
+    contest = Contest(
+        rows=4096,
+        columns=4096,
+        dtype="bfloat16",
+        calls={1: 1.0, 16: 1.0},
+        costs={of: (at,) for at, of in enumerate(candidates)},
+    )
+    bench = Bench("cuda")
+    bench.prepare(contest.products())
+    before = dict(arrivals._pools)
+    found = timed(contest, {}, bench, Effort(seconds=0.2))
+    assert arrivals._pools == before, "graphs captured before go on to have their counters"
+    assert found.keys() == {*contest.products()}
+    assert all(1 < timing.median_us < 1000 for timing in found.values())
+    one = {of.candidate: found[of].median_us for of in found if of.tokens == 1}
+    assert one[candidates[1]] < one[DENSE], "a fifth of the bytes"
+    bench.release()

@@ -121,7 +121,9 @@ class Problem:
             key = tuple((o.label, o.time, o.num_bytes, o.error) for o in of)
             self._alike.setdefault(key, []).append(layer)
 
-    def least(self, order: Sequence[str], limits: Mapping[str, float]) -> Picks | None:
+    def least(
+        self, order: Sequence[str], limits: Mapping[str, float], *, thorough: bool = True
+    ) -> Picks | None:
         """Which option each layer takes; None where nothing keeps the limits."""
         used = {name: self.costs[name] for name in (*order, *(n for n in limits if n not in order))}
         if tuple(used) not in self._kept:
@@ -136,7 +138,7 @@ class Problem:
                 for name, costs in used.items()
             }
         )
-        found = program.least(order, limits)
+        found = program.least(order, limits, thorough=thorough)
         if found is None:
             return None
         return self._in_order([options[at] for options, at in zip(kept, found, strict=True)])

@@ -81,7 +81,7 @@ class Autoquant:
         self._model, self._schemes, self._linears = model, schemes, linears
         self._objective, self._budgets, self._profile = objective, budgets, profile
         self._held_out, self._calls = held_out, calls
-        self.measurements, self.findings = measurements, findings
+        self.measurements, self._known = measurements, Known(findings)
         self._hardware, self._bench, self._effort = hardware, bench, effort
         self._run, self._recorded = run, _Recorded()
         self._joined = [
@@ -100,6 +100,10 @@ class Autoquant:
         self._recorder.__enter__()
         self._hook: Any = model.register_forward_hook(self._called, with_kwargs=True)
 
+    @property
+    def findings(self) -> Findings:
+        return self._known.all()
+
     def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         if self._run == RECORDED:
             self._recorded.add(args, kwargs)
@@ -111,7 +115,7 @@ class Autoquant:
     def finalize(self) -> Plan:
         """Measure, choose and swap. Where it raises, the model is as it was, and recorded no more.
 
-        What was measured is in `measurements`.
+        What was measured is in `measurements` and `findings`.
         """
         if self.plan is not None:
             return self.plan
@@ -139,7 +143,7 @@ class Autoquant:
         refuse_apart(self._joined, self._recorder)
 
     def _made(self) -> Plan:
-        recorder, model, known = self._recorder, self._model, Known(self.findings)
+        recorder, model, known = self._recorder, self._model, self._known
         keys = Keys(model, self._linears, recorder, self._held_out)
         spots = spots_of(
             self._linears, self._joined, self._schemes, recorder, self._profile, known, keys
@@ -153,7 +157,6 @@ class Autoquant:
         self.ignored = (*ignored, *self.findings.ignored)
         layers, new = measured(spots, factors, timings, self._bench, self._effort)
         self.measurements = merged([self.measurements, Measurements(of={self._hardware: new})])
-        self.findings = known.all()
 
         def confirm(choice: Choice) -> Check:
             return self._check(choice, spots, held_out, known, keys)
@@ -164,7 +167,6 @@ class Autoquant:
             confirm=confirm if self._held_out else None,
             stage=self._stage(spots),
         ).chosen(layers)
-        self.findings = known.all()
         self.warnings = tuple(noise(layers))
         ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(

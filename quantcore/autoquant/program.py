@@ -43,6 +43,7 @@ TOLERANCE = 1e-9
 _SCALE = 1e4  # what is left of a sum, in the solver's numbers: its tolerances are near 1e-6
 _MOST_ROUNDINGS = 4096
 _MOST_SWAPS, _MOST_SWAPPED = 64, 512
+_QUICKLY_SOLVED = 48  # options of layers that have more than one left: the solver takes 10 ms
 
 _PRINTING = threading.Lock()
 
@@ -75,14 +76,23 @@ class Program:
     def total(self, name: str, picks: Sequence[int]) -> float:
         return math.fsum(of[at] for of, at in zip(self._costs[name], picks, strict=True))
 
-    def least(self, order: Sequence[str], limits: Mapping[str, float]) -> Picks | None:
-        """Least in the first sum; of those that are, in the second, and so on. None: none fits."""
+    def least(
+        self, order: Sequence[str], limits: Mapping[str, float], *, thorough: bool = True
+    ) -> Picks | None:
+        """Least in the first sum; of those that are, in the second, and so on. None: none fits.
+
+        If it is not to be thorough, large programs are left as exchanges have improved them.
+        """
         limits = dict(limits)
         kept = [list(range(len(of))) for of in next(iter(self._costs.values()))]
         picks: Picks | None = None
         for name in order:
             possible = self._possible(limits, kept)
-            found = None if possible is None else self._least(name, limits, possible, picks)
+            found = (
+                None
+                if possible is None
+                else self._least(name, limits, possible, picks, thorough=thorough)
+            )
             if found is None:
                 assert picks is None, "the last answer keeps the limit that it set"
                 return None
@@ -91,7 +101,13 @@ class Program:
         return picks
 
     def _least(
-        self, name: str, limits: Mapping[str, float], kept: Kept, known: Picks | None
+        self,
+        name: str,
+        limits: Mapping[str, float],
+        kept: Kept,
+        known: Picks | None,
+        *,
+        thorough: bool,
     ) -> tuple[Picks, Kept] | None:
         """The least, and what any plan as good may pick."""
         scaled = self._scaled(name, limits, kept)
@@ -106,7 +122,8 @@ class Program:
             swapped = _swapped(scaled, multiplier_R, picks)
             picks = swapped if self._fits(swapped, limits) else picks
             core = _no_dearer(scaled, multiplier_R, picks)
-            picks = self._solve(self._scaled(name, limits, core), limits) or picks
+            if thorough or sum(len(of) for of in core if len(of) > 1) <= _QUICKLY_SOLVED:
+                picks = self._solve(self._scaled(name, limits, core), limits) or picks
         else:
             picks = self._solve(scaled, limits)
         return None if picks is None else (picks, _no_dearer(scaled, multiplier_R, picks))

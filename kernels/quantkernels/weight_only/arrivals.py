@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _POOL = 1 << 20  # counters made at once for captured launches
+_ALIGNED = 4  # counters in 16 bytes
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _pools: dict[torch.device, list[Tensor]] = {}  # what is left of each; graphs may use the rest
@@ -35,7 +36,11 @@ def arrivals(device: torch.device, count: int) -> Tensor:
 
 
 def _captured(device: torch.device, count: int) -> Tensor:
-    """From the latest pool; where it is spent, or nothing ran before, zeros that replays set."""
+    """From the latest pool; where it is spent, or nothing ran before, zeros that replays set.
+
+    They begin where 16 bytes do, all of them: Triton compiles anew for a pointer that does not.
+    """
+    count = -(-count // _ALIGNED) * _ALIGNED
     pools = _pools.get(device, [])
     if not pools or len(pools[-1]) < count:
         return torch.zeros(max(1, count), dtype=torch.int32, device=device)
