@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import parse
+from quantcore.autoquant.finalists import Stage
+from quantcore.autoquant.race import Effort
 from tests.benchmarks import autoquant_gpu
 from tests.benchmarks.autoquant_gpu import Row, agreement, slower, table
 from tests.plans import chosen_from, option
@@ -35,6 +38,8 @@ def test_plans_are_made_cached_proven_and_run_beside_uniform_ones(
 ) -> None:
     out = tmp_path / "out.json"
     more = ["--json", str(out), "--plans", str(tmp_path / "plans")]
+    short = partial(Stage, effort=Effort(spread=1.0, seconds=0.01))
+    monkeypatch.setattr("quantcore.autoquant.inplace.Stage", short)
     monkeypatch.setattr("sys.argv", ["autoquant_gpu", *ARGUMENTS.split(), *BETWEEN, *more])
     autoquant_gpu.main()
     facts = json.loads(out.read_text())
