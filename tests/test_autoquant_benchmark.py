@@ -11,7 +11,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import parse
 from quantcore.autoquant.finalists import Stage
 from quantcore.autoquant.race import Effort
-from tests.benchmarks import autoquant_gpu
+from tests.benchmarks import autoquant_gpu, plan_runs
 from tests.benchmarks.autoquant_gpu import Row, agreement, slower, table
 from tests.plans import chosen_from, option
 from tests.test_autoquant_choice import layer
@@ -40,6 +40,7 @@ def test_plans_are_made_cached_proven_and_run_beside_uniform_ones(
     more = ["--json", str(out), "--plans", str(tmp_path / "plans")]
     short = partial(Stage, effort=Effort(spread=1.0, seconds=0.01))
     monkeypatch.setattr("quantcore.autoquant.inplace.Stage", short)
+    monkeypatch.setattr(plan_runs, "Careful", partial(plan_runs.Careful, rotated_bytes=1 << 20))
     monkeypatch.setattr("sys.argv", ["autoquant_gpu", *ARGUMENTS.split(), *BETWEEN, *more])
     autoquant_gpu.main()
     facts = json.loads(out.read_text())

@@ -207,16 +207,19 @@ class TestFinalists:
         fine, rough = self.finalist("fine", 1, error=1), self.finalist("rough", 1, error=3)
         past = self.finalist("past", 1, fits=False)
         ends = {
-            "chosen": self.end("chosen", 9, 10, 11),
-            "rough": self.end("rough", 7, 8, 9.5),
-            "fine": self.end("fine", 8.8, 9, 9.2),
+            "chosen": self.end("chosen", 9.5, 10, 11),
+            "rough": self.end("rough", 9.8, 9.9, 9.95),
+            "fine": self.end("fine", 9.9, 9.95, 10),
             "past": self.end("past", 1, 1, 1),
         }
         order = kept([chosen, rough, fine, past], ends)
         assert [of.plan for of in order] == ["chosen", "fine", "rough"]
-        ends["chosen"] = self.end("chosen", 9.6, 10, 11)
-        order = kept([chosen, rough, fine, past], ends)
-        assert [of.plan for of in order] == ["fine", "rough", "chosen"]
+        for end in (
+            self.end("chosen", 9.96, 10, 11),  # no interval holds both
+            self.end("chosen", 9.5, 10.2, 11),  # 3 per cent
+        ):
+            order = kept([chosen, rough, fine, past], {**ends, "chosen": end})
+            assert [of.plan for of in order] == ["fine", "rough", "chosen"]
 
     def test_a_kernel_is_scaled_by_what_it_took_in_the_model(self) -> None:
         """Rest 100: dense 130; a alone in int8 124 predicted, 125 measured: 5 of 4."""

@@ -2,7 +2,8 @@
 
 Predictions add up linears that were timed alone, and may be off by more than plans differ. So the
 chosen plan, the dense model and the uniform plans near it run as the caller's model is run, and one
-of them is kept: the chosen one, unless another that keeps the budgets is faster beyond doubt.
+of them is kept: the chosen one, unless another that keeps the budgets is faster, by more than their
+intervals allow or by more than 2 per cent.
 
 What they took also corrects what is predicted. With T measured, and D and P what the linears that
 take a kernel were timed at, dense and by it, each kernel's times are scaled by
@@ -39,6 +40,7 @@ _FEWEST = 6  # repeats, however long one takes: with fewer nothing bounds a medi
 _LONG_US = 1e5  # what ran before does not show in as much
 _MOST_UNIFORMS = 3
 _NEAR = 0.2  # of a plan's time: predictions were never off by as much
+_TIE = 0.02  # however wide intervals are
 _MOST_SCALED = 2.0  # a kernel's factor, or its inverse: what is further off is another fault
 
 
@@ -176,7 +178,8 @@ def kept(finalists: Sequence[Finalist], found: Mapping[str, End]) -> list[Finali
 
     def order(finalist: Finalist) -> tuple[bool, bool, float, float]:
         end = found[finalist.plan]
-        ties = end.low_us <= fastest.high_us
+        near_by = end.measured_us <= fastest.measured_us * (1 + _TIE)
+        ties = near_by and end.low_us <= fastest.high_us
         is_chosen = finalist is finalists[0]
         return not ties, not (ties and is_chosen), finalist.error if ties else 0, end.measured_us
 
