@@ -104,7 +104,11 @@ def resolve_paths(spec: JobSpec, base: Path) -> JobSpec:
     }
     plan = spec.quantization.plan
     if plan is not None:
-        named = {"plan": plan.model_copy(update={"path": place(plan.path)})}
+        places = {
+            "path": plan.path and place(plan.path),
+            "held_out": absolute(plan.held_out),
+        }
+        named = {"plan": plan.model_copy(update=places)}
         changes["quantization"] = spec.quantization.model_copy(update=named)
     if spec.calibration is not None:
         texts: dict[str, Any] = {

@@ -5,14 +5,10 @@ the machine to be looked at is checked in orchestrator/checks.py, before any wor
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -21,6 +17,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from jobs.match import compile_pattern
+from jobs.plan import PlanSpec
+from jobs.section import FilePath, ModelPlace, Section, StoreUrl
 from quantcore.schemes import SCHEME_KINDS, IntegerGrid, Scheme, resolve_scheme
 
 Method = Literal["rtn", "gptq", "hqq", "smoothquant"]
@@ -42,78 +40,22 @@ def _pattern(text: str) -> str:
     return text
 
 
-def _store(text: str) -> str:
-    scheme = _scheme(text)
-    if scheme not in {"", "file", "s3"}:
-        raise ValueError(f"cannot store to '{scheme}://': write a folder or s3://bucket/path")
-    return _bucket_named(text)
-
-
-def _model(text: str) -> str:
-    scheme = _scheme(text) if "://" in text else ""
-    if scheme not in {"", "s3"}:
-        raise ValueError(
-            f"cannot read a model from '{scheme}://': write a folder, a .gguf file or s3://bucket/path"
-        )
-    if scheme == "s3" and text.endswith(".gguf"):
-        raise ValueError(
-            "a .gguf file is read from a local disk alone: download it, or name the folder of the "
-            "model that it was made from"
-        )
-    return _bucket_named(text)
-
-
-def _plan(text: str) -> str:
-    scheme = _scheme(text)
-    if scheme not in {"", "file", "s3"}:
-        raise ValueError(
-            f"cannot read a plan from '{scheme}://': write a file, or s3://bucket/path/plan.json"
-        )
-    return _bucket_named(text)
-
-
-def _scheme(text: str) -> str:
-    """As written: S3:// is not s3://."""
-    return text.partition(":")[0] if urlsplit(text).scheme else ""
-
-
-def _bucket_named(text: str) -> str:
-    """The text itself, if it is no s3:// or one without credentials in it."""
-    parts = urlsplit(text)
-    bucket = parts.netloc  # a secret with a slash in it ends up here, after AKIA...:
-    if parts.scheme == "s3" and ("@" in bucket or (":" in bucket and bucket[:4] != "arn:")):
-        raise ValueError(
-            "keep credentials out of the job file: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    if parts.scheme == "s3" and not parts.netloc:
-        raise ValueError("name the bucket: s3://bucket/path")
-    return text
-
-
 SchemeName = Annotated[str, AfterValidator(_known_scheme)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
-StoreUrl = Annotated[str, Field(min_length=1), AfterValidator(_store)]
-ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(_model)]
-PlanPlace = Annotated[str, Field(min_length=1), AfterValidator(_plan)]
-FilePath = Annotated[Path, Field(description="relative to the job file")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelSpec(_Section):
+class ModelSpec(Section):
     path: ModelPlace  # a Hugging Face folder, here or at s3://bucket/path, or one .gguf file
     dtype: Dtype = "float32"  # what a GGUF file is dequantized to; folders keep their own
 
 
-class GptqSpec(_Section):
+class GptqSpec(Section):
     damping: Annotated[float, Field(gt=0, lt=1)] = 0.01
     act_order: bool = True
     block_columns: Annotated[int, Field(gt=0)] = 128
 
 
-class HqqSpec(_Section):
+class HqqSpec(Section):
     norm: Annotated[float, Field(ge=0.1, le=1)] = 0.7  # p; to the nearest 1/256
     # in steps of a group's grid; None: 5 where a zero point is fitted, 1 where a scale is
     beta: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -121,22 +63,14 @@ class HqqSpec(_Section):
     iterations: Annotated[int, Field(gt=0, le=1000)] = 20
 
 
-class SmoothquantSpec(_Section):
+class SmoothquantSpec(Section):
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"  # by LinearGroup
     rounding: Literal["rtn", "gptq", "hqq"] = "rtn"  # of the smoothed weights
     # linears with no norm of their own before them: left as they are, or a factor on their inputs
     without_norm: Literal["leave", "input_factor"] = "leave"
 
 
-class PlanSpec(_Section):
-    """A plan document (quantcore/autoquant/document.py): which scheme each linear takes."""
-
-    path: PlanPlace  # a file, here or in a job's folder at s3://bucket/path
-    rounding: Literal["rtn", "gptq", "hqq"] = "gptq"  # of all that it does not leave dense
-    other_hardware: bool = False  # whether it may be made for another kind than the workers'
-
-
-class Override(_Section):
+class Override(Section):
     """Another scheme or method for the linears whose names match, or none at all."""
 
     match: Pattern  # a glob over module names, or re: and a regular expression
@@ -160,7 +94,7 @@ class Override(_Section):
         return self
 
 
-class QuantizationSpec(_Section):
+class QuantizationSpec(Section):
     method: JobMethod = "gptq"
     # None: each linear's as the plan says; method stands above for this to be looked at beside it
     scheme: Annotated[SchemeName | None, Field(validate_default=True)] = None
@@ -196,10 +130,6 @@ class QuantizationSpec(_Section):
             if self.plan is not None:
                 raise ValueError("plan is for method: plan: write that, or drop the section")
             return
-        if self.plan is None:
-            raise ValueError(
-                "method plan takes its schemes from a document: write plan: {path: ...}"
-            )
         if self.group_size is not None or self.zero_point is not None or not self.symmetric:
             raise ValueError(
                 "the plan says the scheme of every linear: drop group_size, symmetric, zero_point"
@@ -230,8 +160,12 @@ class QuantizationSpec(_Section):
         """Of all linears that no override gives another."""
         if self.method != "plan":
             return self.method
-        assert self.plan is not None
-        return self.plan.rounding
+        return self.planning.rounding
+
+    @property
+    def planning(self) -> PlanSpec:
+        """Of method: plan. Without the section all is as usual: measured, and left in the store."""
+        return self.plan or PlanSpec()
 
     def scheme_of(self) -> Scheme:
         assert self.scheme is not None, "a plan has no one scheme"
@@ -273,7 +207,7 @@ def _refuse_fitting(rounding: Method, scheme: Scheme) -> None:
         )
 
 
-class CalibrationSpec(_Section):
+class CalibrationSpec(Section):
     """Sequences of token ids: windows of a text, rows of a jsonl file, or documents of tasks."""
 
     text: FilePath | None = None
@@ -316,7 +250,7 @@ class CalibrationSpec(_Section):
         return self
 
 
-class WorkersSpec(_Section):
+class WorkersSpec(Section):
     count: Annotated[int, Field(gt=0)] | None = None  # None: what this machine carries
     kind: Literal["auto", "cpu", "cuda", "xpu", "mixed"] = "auto"
     cpus: Annotated[float, Field(gt=0)] | None = None  # per worker; None: as many as threads
@@ -334,13 +268,13 @@ class WorkersSpec(_Section):
         )
 
 
-class OutputSpec(_Section):
+class OutputSpec(Section):
     store: StoreUrl  # a folder (relative to the job file) or s3://bucket/path
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "native"] = "compressed-tensors"
     conditional_writes: bool = True  # false: for a store that has none; one driver at a time
 
 
-class EvaluationSpec(_Section):
+class EvaluationSpec(Section):
     text: FilePath | None = None  # word and byte perplexity on a local text
     max_characters: Annotated[int, Field(gt=0)] = 40_000
     tasks: tuple[str, ...] = ()  # lm-eval tasks by name
@@ -356,7 +290,7 @@ class EvaluationSpec(_Section):
         return self
 
 
-class JobSpec(_Section):
+class JobSpec(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelSpec
     quantization: QuantizationSpec

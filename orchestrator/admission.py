@@ -12,6 +12,7 @@ from orchestrator.block import band_count
 from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
 from quantcore.hqq import CHUNK_OF_A_DEVICE
+from workers.arena import SLAB_BYTES
 from workers.plan import RUN_WEIGHTS, SAMPLE_TOKENS, GroupPlan, Plan
 from workers.sources import AHEAD_BYTES
 from workers.transfers import MOST_SENT, PINNED_BYTES
@@ -296,15 +297,21 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
         for index in range(len(sizes.plan.blocks)):
             block, found = sizes.block_computing(index), _block_phases(sizes, index)
             held = sizes.block_stored(index)  # once more where the compute dtype is the same
+            # results of this block and of the one before it, until that is written: sums, what
+            # they were reduced to, codes
+            results = (sizes.nodes_held + 1) * sizes.bands(index)
+            results += weights_of(sizes.plan.blocks[index])
+            kept = 2 * results + SLAB_BYTES
             shapes = {
                 "collect": {
                     "block": held + block + sizes.block_published(index),
                     "hessians": found["collect"]["hessians"],
+                    "kept": kept,
                     "products": found["collect"]["products"],
                 },
                 "solve": {
                     "block": held + sizes.block_published(index),
-                    "hessians": sizes.squares(index),
+                    "kept": kept,  # with the sums
                     "solve": found["solve"].get("solve", 0),
                     "codes": 2 * weights_of(sizes.plan.blocks[index]),
                 },

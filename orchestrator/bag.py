@@ -17,11 +17,15 @@ class Bag:
     """The tasks by name, dealt in the order given. None of them has parts that others read.
 
     `heavy` ones are not given to a worker that takes longer for one than the fastest for all.
+    `alone` ones are given one at a time, to whichever worker: others would disturb them.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], *, heavy: bool = False) -> None:
+    def __init__(
+        self, tasks: Mapping[str, Task], *, heavy: bool = False, alone: bool = False
+    ) -> None:
         self._left = dict(tasks)
         self._heavy = heavy
+        self._alone = alone
         self._speeds: dict[int, float] = {}
         self._tries: dict[str, int] = {}  # of those that came back
         self._running: dict[str, tuple[str, Task]] = {}
@@ -35,6 +39,8 @@ class Bag:
 
     def offer(self, worker: int) -> Assignment | None:
         if not self._left or (self._heavy and self._too_slow(worker)):
+            return None
+        if self._alone and self._running:
             return None
         name, task = next(iter(self._left.items()))
         del self._left[name]

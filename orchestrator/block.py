@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from orchestrator.pieces import piece_cost, pieces_of
 from orchestrator.scheduler import Assignment, Part
-from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
+from workers.plan import Plan
 from workers.tasks import Collect, Publish, Reduce, Round, Save, Settle, Solve, Task
 
-BAND_BYTES = 32 * 2**20  # Hessians from here on are reduced in bands, one for each worker
+BAND_BYTES = 64 * 2**20  # Hessians from here on are reduced in bands, one for each worker
 MOST_BAND_BYTES = 256 * 2**20
 
 
@@ -62,12 +63,13 @@ class BlockWork:
             band_count(g.in_features, self.hands) if self.plan.summed(g) else 0 for g in groups
         )
         self._ranged = [number for number, group in enumerate(groups) if self.plan.ranged(group)]
-        for number, group in enumerate(groups):
+        cut = pieces_of(self.plan, groups, self.hands)
+        for number, (group, pieces) in enumerate(zip(groups, cut, strict=True)):
             if self._bands[number] > 1:
                 for band in range(self._bands[number]):
                     self.reduces[number, band] = Step(Reduce(self.index, number, band))
-            for tiles in solve_pieces(self.plan, group, self.hands):
-                cost = _solve_cost(self.plan, group, len(tiles))
+            for tiles in pieces:
+                cost = piece_cost(self.plan, group, len(tiles))
                 self.solves.append(Step(Solve(self.index, number, tiles), cost))
             if self.plan.keeps_statistics:
                 self.saves.append(Step(Save(self.index, number)))
@@ -262,23 +264,3 @@ def _group(reader: Step) -> int:
 def _done(step: Step) -> str:
     assert step.done is not None
     return step.done
-
-
-def solve_pieces(plan: Plan, group: GroupPlan, hands: int) -> list[tuple[tuple[int, int], ...]]:
-    """A group's row tiles in at most one piece per hand; each hand factors H for itself."""
-    tiles = plan.tiles(group)
-    # without a solve there is little to share: a choice of smoothing is made once for each piece
-    pieces = min(hands if plan.summed(group) else 1, len(tiles))
-    cuts = [piece * len(tiles) // pieces for piece in range(pieces + 1)] if pieces else []
-    return [tiles[a:b] for a, b in itertools.pairwise(cuts)]
-
-
-def _solve_cost(plan: Plan, group: GroupPlan, tiles: int) -> float:
-    """Multiplications: one factorization, then every row of every tile against every column.
-
-    Without a Hessian: each row against each sampled token, for every alpha that is tried.
-    """
-    width = float(group.in_features)
-    if not plan.summed(group):
-        return plan.alphas_tried(group) * SAMPLE_TOKENS * tiles * plan.contract.row_tile * width
-    return width**3 + 2 * tiles * plan.contract.row_tile * width**2

@@ -6,26 +6,25 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
 
-from jobs.load import Document, Location, read_document, resolve_paths, validate
-from jobs.spec import CalibrationSpec, EvaluationSpec, JobSpec
-from orchestrator.admission import Prediction, peak
+from jobs.load import Document, read_document, resolve_paths, validate
+from jobs.spec import JobSpec
+from orchestrator.admission import Prediction
+from orchestrator.findings import Findings
 from orchestrator.fitting import Admitted, Job
+from orchestrator.inputs import calibration_windows, kept_statistics, look_at_evaluation
 from orchestrator.machines import Chosen, choose_fleet, unshared
 from orchestrator.planning import PLAN, make_plan, plan_layers
-from orchestrator.statistics import Statistics, read_index
+from orchestrator.statistics import Statistics
 from orchestrator.team import Team, admit_team
-from quantcore.errors import Fault, JobFaults, QuantfleetError, SourceError, StoreError
+from quantcore.errors import Fault, JobFaults, StoreError
 from workers.architecture import Architecture, inspect
-from workers.calibration import digest, token_windows
+from workers.calibration import digest
 from workers.capacity import Disk, disk
-from workers.documents import Windows, measured_tasks, task_windows
-from workers.evaluate import read_text
-from workers.harness import unknown_tasks
 from workers.kind import compute_dtype
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
@@ -35,8 +34,6 @@ from workers.store import LocalStore, missing_parents, open_store, probe
 
 if TYPE_CHECKING:
     from orchestrator.planned import Planned
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,35 +70,6 @@ class Prepared:
         return len(self.team.devices)
 
 
-class _Findings:
-    """Faults so far, each given its place in the job file."""
-
-    def __init__(self, document: Document, faults: list[Fault]) -> None:
-        self._document = document
-        self.faults = faults
-
-    def add(self, *faults: Fault) -> None:
-        for fault in faults:
-            parts = fault.field.split(".")
-            location: Location = tuple(int(p) if p.isdigit() else p for p in parts)
-            if any(known.field == fault.field for known in self.faults):
-                continue
-            line, column = self._document.place(location)
-            self.faults.append(dataclasses.replace(fault, line=line, column=column))
-
-    def attempt(self, field: str, action: Callable[[], T]) -> T | None:
-        """The action's result; its error, if it raises one of ours, becomes a fault of `field`."""
-        try:
-            return action()
-        except QuantfleetError as error:
-            named, _, rest = str(error).partition(": ")
-            own = rest and " " not in named and "." in named and "/" not in named
-            kind = type(error)
-            message = rest if own else str(error)
-            self.add(Fault(field=named if own else field, message=message, kind=kind))
-            return None
-
-
 Look = Callable[[Sequence[str]], Sequence[Machine]]  # all machines, and what they see of paths
 
 
@@ -130,7 +98,7 @@ def prepare(
     touch_store: bool = True,
     look_at: Look = look_here,
 ) -> Prepared:
-    findings = _Findings(document, faults)
+    findings = Findings(document, faults)
     source = findings.attempt(
         "model.path", lambda: open_source(spec.model.path, getattr(torch, spec.model.dtype))
     )
@@ -147,9 +115,9 @@ def prepare(
     if fleet and any(c.device == "cpu" for c in fleet) and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
-    windows = _calibration(spec, source, architecture, findings)
-    statistics = _statistics(spec, architecture, findings)
-    _evaluation(spec, findings)
+    windows = calibration_windows(spec, source, architecture, findings)
+    statistics = kept_statistics(spec, architecture, findings)
+    look_at_evaluation(spec, findings)
     if touch_store:
         conditional = spec.output.conditional_writes
         store = spec.output.store
@@ -158,7 +126,7 @@ def prepare(
         )
     planned, plan_notes = _planned(spec, architecture, fleet or (), findings)
     plan, team = None, None
-    if source and architecture and (planned or not spec.quantization.plan):
+    if source and architecture and (planned or spec.quantization.method != "plan"):
         if spec.calibration and spec.calibration.shards > len(architecture.blocks):
             count = len(architecture.blocks)
             message = f"the model has {count} blocks: write {count} shards or fewer"
@@ -237,171 +205,24 @@ def _mark_in_store(spec: JobSpec, wanted: bool) -> Iterator[dict[str, str]]:
                 folder.rmdir()
 
 
-def _calibration(
-    spec: JobSpec,
-    source: ModelSource | None,
-    architecture: Architecture | None,
-    findings: _Findings,
-) -> Windows | None:
-    """The calibration's token ids: workers are given them, and need not see the texts."""
-    calibration = spec.calibration
-    if calibration is None or calibration.statistics is not None:
-        return None
-    place = next(name for name in ("text", "jsonl", "tasks") if getattr(calibration, name))
-    found = getattr(calibration, place)
-    place = f"calibration.{place}"
-    notes: list[str] = []
-    if calibration.tasks:
-        faults, notes = _tasks(calibration, spec.evaluation)
-    else:
-        missing = Fault(field=place, message=f"there is no file {found}", kind=SourceError)
-        faults = [] if found.is_file() else [missing]
-    if faults:
-        findings.add(*faults)
-        return None
-    limit = architecture.max_length if architecture else None
-    if limit is not None and calibration.length > limit:
-        findings.add(
-            Fault(
-                field="calibration.length",
-                message=f"the model takes at most {limit} tokens: write {limit} or less",
-            )
-        )
-    if source is None:
-        return None
-    tokenizer = findings.attempt("model.path", source.tokenizer)
-    if tokenizer is None:
-        return None
-    if not calibration.tasks:
-        ids_SL = findings.attempt(place, lambda: token_windows(calibration, tokenizer))
-        return None if ids_SL is None else Windows(ids_SL)
-    windows = findings.attempt(place, lambda: task_windows(calibration, tokenizer))
-    return windows and dataclasses.replace(windows, notes=tuple(notes))
-
-
-def _tasks(
-    calibration: CalibrationSpec, evaluation: EvaluationSpec | None
-) -> tuple[list[Fault], list[str]]:
-    """What is wrong with the calibration's tasks, and what is allowed and is to be known.
-
-    What the evaluation measures by is no calibration, unless the job names the very split.
-    """
-    faults = _unknown(calibration.tasks, calibration.task_folder, "calibration")
-    both = [] if faults else measured_tasks(calibration, evaluation)
-    notes = []
-    for name, split in both:
-        said = f"the {split} split of '{name}' is what evaluation.tasks measures by"
-        if calibration.split is not None:
-            notes.append(f"calibrated with what is measured: {said}")
-            continue
-        instead = f"name another task, or write calibration.split: {split} to take it all the same"
-        faults.append(Fault(field="calibration.tasks", message=f"{said}: {instead}"))
-    return faults, notes
-
-
-def _unknown(tasks: Sequence[str], folder: Path | None, section: str) -> list[Fault]:
-    if folder is not None and not folder.is_dir():
-        message = f"there is no folder {folder}"
-        return [Fault(field=f"{section}.task_folder", message=message, kind=SourceError)]
-    return [
-        Fault(
-            field=f"{section}.tasks",
-            message=f"lm-eval knows no task '{name}': see lm-eval ls tasks, or set task_folder",
-        )
-        for name in unknown_tasks(tasks, folder)[:1]
-    ]
-
-
-def _statistics(
-    spec: JobSpec, architecture: Architecture | None, findings: _Findings
-) -> Statistics | None:
-    if spec.calibration is None or spec.calibration.statistics is None or architecture is None:
-        return None
-    url = spec.calibration.statistics
-    return findings.attempt(
-        "calibration.statistics", lambda: read_index(open_store(url), architecture)
-    )
-
-
 def _planned(
     spec: JobSpec,
     architecture: Architecture | None,
     fleet: Sequence[Chosen],
-    findings: _Findings,
+    findings: Findings,
 ) -> tuple["Planned | None", tuple[str, ...]]:
     """The plan that the job names, if it may be used, with what is to be known of it."""
-    named = spec.quantization.plan
-    if named is None:
+    if spec.quantization.method != "plan":
         return None, ()
-    from orchestrator.planned import held_against, read_planned  # and scipy: 0.7 s
+    from orchestrator.planned import held_against, left_in_store, read_planned  # and scipy: 0.7 s
 
-    planned = findings.attempt(PLAN, lambda: read_planned(named.path))
+    place = spec.quantization.planning.path
+    found = findings.attempt(
+        PLAN, lambda: (read_planned(place), ()) if place else left_in_store(spec, fleet)
+    )
+    planned, notes = found or (None, ())
     if planned is None or architecture is None:
         return None, ()
     faults, note = held_against(planned, spec, architecture, fleet)
     findings.add(*faults)
-    return (None if faults else planned), (note,)
-
-
-def _evaluation(spec: JobSpec, findings: _Findings) -> None:
-    evaluation = spec.evaluation
-    if evaluation is None:
-        return
-    if evaluation.text is not None and not evaluation.text.is_file():
-        message = f"there is no file {evaluation.text}"
-        findings.add(Fault(field="evaluation.text", message=message, kind=SourceError))
-    findings.attempt("evaluation.text", lambda: read_text(evaluation))
-    findings.add(*_unknown(evaluation.tasks, evaluation.task_folder, "evaluation"))
-
-
-def describe(prepared: Prepared) -> dict[str, Any]:
-    """What the plan comes to, for people and for --json."""
-    schemes: dict[str, int] = {}
-    for layer in prepared.plan.layers():
-        label = f"{layer.scheme.label()} {layer.method}" if layer.scheme else "kept as it is"
-        schemes[label] = schemes.get(label, 0) + 1
-    contract = prepared.plan.contract
-    return {
-        "job": prepared.spec.name,
-        "model": prepared.architecture.model_type,
-        "blocks": len(prepared.plan.blocks),
-        "layers": schemes,
-        "devices": [
-            {**chosen.kind, "workers": admitted.prediction.workers}
-            for chosen, admitted in prepared.team.parts
-        ],
-        "workers": prepared.workers,
-        "threads": contract.threads,
-        "compute_dtype": contract.compute_dtype,
-        "micro_batch": contract.micro_batch,
-        "chunks": contract.chunks,
-        "store": prepared.plan.store,
-        "predicted": predicted(prepared),
-    }
-
-
-def predicted(prepared: Prepared) -> dict[str, Any]:
-    """What admission told, as plain values; bytes are at most, seconds are an estimate."""
-    prediction = prepared.prediction
-    host, _ = peak(prediction.host)
-    device = peak(prediction.device)[0] if prediction.device else None
-    return {
-        "worker": {
-            "host": {"bytes": prediction.host_bytes, "phase": host, "phases": prediction.host},
-            "device": {
-                "bytes": prediction.device_bytes,
-                "phase": device,
-                "phases": prediction.device,
-            },
-            "scratch_bytes": prediction.scratch,
-        },
-        "job": {
-            "object_store_bytes": prediction.object_store,
-            "store_bytes": prediction.store,
-            "network_bytes": prediction.network,
-            "seconds": {phase: round(s, 1) for phase, s in prediction.seconds.items()},
-        },
-        "rates": prediction.rates.said,
-        "hidden_states_on": prediction.states_on,
-        "notes": [*prepared.notes, *prepared.admitted.notes],
-    }
+    return (None if faults else planned), (note, *notes)

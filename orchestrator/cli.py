@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from orchestrator.cli_plan import plans
 from orchestrator.cli_remote import cancel, logs, submit
+from orchestrator.options import Address, AsJson, InProcess, LogFile, LogJson
 from orchestrator.printing import (
     ERR,
     OUT,
@@ -51,24 +52,12 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(help="The job file (YAML).", metavar="JOB.YAML")]
 JobUrl = Annotated[str, typer.Argument(help="A job in its store: STORE/NAME.", metavar="JOB")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
-LogFile = Annotated[Path | None, typer.Option(help="Where events are logged (JSON lines).")]
-LogJson = Annotated[bool, typer.Option("--log-json", help="Events to standard error as JSON too.")]
-InProcess = Annotated[bool, typer.Option("--in-process", help="Run without Ray, in one process.")]
 OnCluster = Annotated[
     str | None,
     typer.Option(
         "--address", envvar=["QUANTFLEET_ADDRESS", "RAY_ADDRESS"], help="A Ray dashboard's URL."
     ),
 ]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        envvar="RAY_ADDRESS",
-        help="A Ray cluster that this machine is a node of: auto, or HOST:PORT.",
-    ),
-]
-
 app.command()(submit)
 app.command()(logs)
 app.command()(cancel)
@@ -87,7 +76,8 @@ def run(
 ) -> None:
     """Quantize a model as a job file says, here and now. Run again, it goes on."""
     with reported():
-        from orchestrator.checks import check, describe
+        from orchestrator.checks import check
+        from orchestrator.described import describe
         from orchestrator.site import open_site
         from workers.store import open_store
 
@@ -135,7 +125,7 @@ def check(job: JobFile, as_json: AsJson = False) -> None:
     """Report every fault of a job file at once, with its place and what to write instead."""
     with reported(as_json):
         from orchestrator.checks import check as check_job
-        from orchestrator.checks import describe
+        from orchestrator.described import describe
 
         with working("checking the job", as_json):
             prepared = check_job(job)
@@ -282,6 +272,8 @@ def _run(
     log, path = start_log(prepared.spec.name, log_file, log_json)
     watcher = Watcher(ERR, log, quiet=as_json or log_json)
     observers = Observers(watcher)
+    for note in prepared.notes if prepared.planned and not (as_json or log_json) else ():
+        say(note)  # which plan is followed
     try:
         result = run_job(prepared, start_workers, observers)
     except BaseException as error:

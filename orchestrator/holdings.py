@@ -79,8 +79,25 @@ class Holdings:
         return [c for c in self.chunks if c.owner is None and c.handed is None]
 
     def handed_to(self, worker: int) -> list[Chunk]:
-        """Chunks that wait for this worker, or for anyone since their heir is gone."""
-        return [c for c in self.chunks if c.handed is not None and c.heir in (worker, None)]
+        """Chunks that wait for this worker, or for anyone: those of its run first of all.
+
+        Chunks in runs are added up to few sums, and what waits for anyone is shared out.
+        """
+        waiting = [chunk for chunk in self.chunks if chunk.handed is not None]
+        coming = [chunk for chunk in waiting if chunk.heir == worker]
+        anyones = [chunk for chunk in waiting if chunk.heir is None]
+        wanted = self.deficit(worker) if anyones else 0
+        if wanted <= 0:
+            return coming
+        runs = self._runs()
+        needs = {other: self.deficit(other) for other in self.paces}
+        mine = [c for c in anyones if runs[c.number] == worker or needs[runs[c.number]] <= 0]
+        return coming + sorted(mine, key=lambda c: runs[c.number] != worker)[:wanted]
+
+    def _runs(self) -> list[int]:
+        """For each chunk the worker whose it is, if every one has one run of them."""
+        quotas = self.quotas()
+        return [worker for worker in sorted(quotas) for _ in range(quotas[worker])]
 
     def deficit(self, worker: int) -> int:
         """How many chunks the worker should take on; below zero, how many it could give away."""

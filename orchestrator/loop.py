@@ -23,7 +23,7 @@ from orchestrator.scheduler import (
 )
 
 Summaries = dict[str, dict[str, Any]]  # by task
-_TOLD_AT_ONCE = {"peak_bytes", "spent"}  # of a summary: what is not kept
+_TOLD_AT_ONCE = {"peak_bytes", "received", "spent"}  # of a summary: what is not kept
 
 
 class Observer:

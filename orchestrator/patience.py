@@ -24,6 +24,7 @@ from workers.tasks import (
     Boundary,
     Collect,
     CopyOutside,
+    Diverge,
     Drop,
     Embed,
     Evaluate,
@@ -33,9 +34,11 @@ from workers.tasks import (
     Probe,
     Publish,
     Quantize,
+    Race,
     Reduce,
     Round,
     Save,
+    Sense,
     Settle,
     Solve,
     Survey,
@@ -132,6 +135,8 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
     kind = type(task).__name__
     match task:
         case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep() | Account():
+            return None
+        case Sense() | Diverge() | Race():
             return None
         case Embed(chunks) | Hand(chunks) | Take(chunks) | Drop(chunks):
             return kind, _count(chunks)

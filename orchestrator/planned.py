@@ -11,11 +11,14 @@ from jobs.spec import JobSpec
 from orchestrator.machines import Chosen
 from orchestrator.plan_files import read_plan
 from orchestrator.planning import PLAN, Schemes, last_match
+from quantcore.autoquant.candidates import schemes_of
+from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan, file_name, refuse_other_hardware
 from quantcore.autoquant.measurements import HardwareKind
-from quantcore.errors import Fault, ResourceError
+from quantcore.errors import Fault, ResourceError, SpecError
 from workers.architecture import Architecture, LinearInfo
 from workers.layout import PLANS
+from workers.store import open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,67 @@ def read_planned(place: str) -> Planned:
     return Planned(*read_plan(place))
 
 
+def plans_in_store(spec: JobSpec) -> list[str]:
+    """The places of what `quantfleet plan` left in the job's folder. Raises SpecError for none."""
+    folder = f"{spec.output.store.rstrip('/')}/{spec.name}"
+    names = sorted(open_store(folder).list(f"{PLANS}/"))
+    if not names:
+        raise SpecError(
+            f"there is no plan in {folder} yet: run quantfleet plan with this job first, or write "
+            "a path"
+        )
+    return [f"{folder}/{name}" for name in names]
+
+
+def left_in_store(spec: JobSpec, fleet: Sequence[Chosen]) -> tuple[Planned, tuple[str, ...]]:
+    """The plan that `quantfleet plan` left for this job, and a note of others beside it.
+
+    Of several kinds that of the first of the fleet; else whichever is there, to be held against it.
+    Raises SpecError where there is none, or where the job has asked for another one since.
+    """
+    plans = [read_planned(place) for place in plans_in_store(spec)]
+    mine = next((p for chosen in fleet for p in plans if is_of(p.plan, chosen)), plans[0])
+    if (asked := _asked_otherwise(spec, mine.plan)) is not None:
+        raise SpecError(
+            f"the plan in the job's folder {asked}: run quantfleet plan again, or write its path"
+        )
+    others = [one.plan.hardware.label() for one in plans if one is not mine]
+    notes = (
+        f"one artifact, by one plan: that for {mine.plan.hardware.label()}; not by those for "
+        f"{'; '.join(others)}",
+    )
+    return mine, notes if others else ()
+
+
+def _asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
+    """In what a plan is not what the job asks for now."""
+    planning, budgets = spec.quantization.planning, spec.quantization.planning.budgets
+    wanted = Budgets(num_bytes=budgets.num_bytes(), error=budgets.error, time_us=budgets.time_us)
+    if plan.choice.budgets != wanted:
+        return "was made for other budgets"
+    if plan.choice.objective != planning.least:
+        return f"has the least {plan.choice.objective}, not the least {planning.least}"
+    calls = {one.tokens: one.times for one in planning.calls}
+    same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
+    if not same:
+        return "was made for another profile"
+    if bool(plan.checks) != (planning.held_out is not None):
+        return f"was made {'with' if plan.checks else 'without'} a held-out text"
+    offered = {option.candidate.scheme for layer in plan.measured for option in layer.options}
+    left = offered - {None, *schemes_of(planning.candidates)}
+    names = sorted(scheme.label() for scheme in left if scheme)
+    return f"has other candidates, as {names[0]}" if names else None
+
+
 def held_against(
     planned: Planned, spec: JobSpec, architecture: Architecture, fleet: Sequence[Chosen]
 ) -> tuple[list[Fault], str]:
     """Why a job may not follow a plan, and a note of the plan that it follows."""
-    assert spec.quantization.plan is not None
     faults = []
     note = f"schemes by a plan for {planned.plan.hardware.label()}"
     if foreign := _of_other_hardware(planned, fleet):
         note += ", which no worker is"
-        if not spec.quantization.plan.other_hardware:
+        if not spec.quantization.planning.other_hardware:
             message = f"{foreign}, by plan.other_hardware: true"
             faults.append(Fault(field=PLAN, message=message, kind=ResourceError))
     if found := list(_mismatches(planned, spec, architecture)):
@@ -97,17 +151,23 @@ def _shape(shape: tuple[int, int]) -> str:
     return f"{rows} outputs and {columns} inputs"
 
 
-def _of_other_hardware(planned: Planned, fleet: Sequence[Chosen]) -> str | None:
-    """Why a plan is not of these workers' kind, nor of any of theirs in a mixed fleet.
+def is_of(plan: Plan, chosen: Chosen) -> bool:
+    return plan.hardware == _as_planned(chosen, plan)
 
-    Threads and kernels are taken as the plan has them: it was timed for how a model is served, and
-    a worker's number of threads is that of its calibration.
+
+def _as_planned(chosen: Chosen, plan: Plan) -> HardwareKind:
+    """Threads and kernels are taken as the plan has them: it was timed for how a model is served,
+    and a worker's number of threads is that of its calibration.
     """
-    hardware, why = planned.plan.hardware, None
+    return HardwareKind.of(chosen.kind, plan.hardware.kernels, plan.hardware.threads)
+
+
+def _of_other_hardware(planned: Planned, fleet: Sequence[Chosen]) -> str | None:
+    """Why a plan is not of these workers' kind, nor of any of theirs in a mixed fleet."""
+    why = None
     for chosen in fleet:
-        kind = HardwareKind.of(chosen.kind, hardware.kernels, hardware.threads)
         try:
-            refuse_other_hardware(planned.plan, kind)
+            refuse_other_hardware(planned.plan, _as_planned(chosen, planned.plan))
         except ResourceError as error:
             why = why or str(error)
         else:

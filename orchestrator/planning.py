@@ -75,8 +75,12 @@ def plan_layers(
     layers = [choice.layer for choice in choices.values()] + ([head] if head else [])
     faults += _not_together(spec, layers, planned=bool(schemes))
     if not any(choice.layer.scheme for choice in choices.values()):
-        field = PLAN if schemes else "quantization.overrides"
-        faults.append(Fault(field=field, message="every layer is skipped: nothing to do"))
+        if schemes:
+            message = "the plan leaves every linear dense: there is nothing to do"
+            faults.append(Fault(field=PLAN, message=message))
+        else:
+            message = "every layer is skipped: nothing to do"
+            faults.append(Fault(field="quantization.overrides", message=message))
     blocks = tuple(
         BlockPlan(
             tuple(

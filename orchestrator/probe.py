@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.admission import block_peak, received_bytes
-from orchestrator.block import solve_pieces
 from orchestrator.checks import Prepared
 from orchestrator.costs import block_seconds, solve_seconds
+from orchestrator.pieces import pieces_of
 from orchestrator.sizes import Sizes, gib
 from quantcore.errors import ResourceError
 from workers.tasks import Probe
@@ -22,7 +22,7 @@ def probe_task(prepared: Prepared) -> Probe:
     groups = plan.blocks[block].groups
     quantized = [number for number, group in enumerate(groups) if group.quantized()]
     widest = max(quantized, key=lambda number: (groups[number].in_features, -number))
-    pieces = solve_pieces(plan, groups[widest], sizes.hands)
+    pieces = pieces_of(plan, groups, sizes.hands)[widest]
     chunks = tuple(range(min(_CHUNKS, plan.contract.chunks)))
     return Probe(block, chunks, widest, max(pieces, key=len))
 

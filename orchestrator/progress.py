@@ -20,15 +20,19 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Evaluate, Probe, Round, Settle, Survey
+from workers.tasks import Diverge, Evaluate, Probe, Race, Round, Sense, Settle, Survey
 
 _LABELS = {
     "probe": "trying the worst block",
     "survey": "reading the model",
     "quantize": "quantizing",
     "evaluate": "evaluating",
+    "sense": "measuring errors",
+    "check": "checking whole models",
+    "race": "timing",
 }
 _PLAIN_EVERY_S = 10.0
+_STEPS = Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
 
 
 class Watcher(Observer):
@@ -131,6 +135,8 @@ class Watcher(Observer):
             )
         elif event == "machine refused":
             self._say(f"{facts['machine']} takes no part: {facts['why']}")
+        elif event == "measurements ignored":
+            self._say(facts["why"])
         elif event == "worker joined":
             self._say(f"worker {facts['worker']} has joined")
         elif event == "quantizing" and facts["done"]:
@@ -158,7 +164,9 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(assignment.task, Probe | Survey | Settle | Round | Evaluate)
+    return isinstance(
+        assignment.task, Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
+    )
 
 
 def _clock(seconds: float) -> str:

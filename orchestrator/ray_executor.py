@@ -2,8 +2,8 @@
 
 Ray's own retries are off: what is repeated, and from where, is decided by the scheduler. Here a
 lost worker is noticed, and another one is asked for in its place; when and where that one starts
-is Ray's affair, and the job goes on meanwhile. Results' parts stay in Ray's object store as
-references; the driver passes them on and never looks inside.
+is Ray's affair, and the job goes on meanwhile. Results' parts are where ray_parts.py has them; the
+driver says from whom to whom, and never looks inside.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ from orchestrator.executors import Arrival, Loss, News, Progress, Refusal, Resul
 from orchestrator.patience import Judge, OwnTime, Patience
 from orchestrator.placement import freest, selectors
 from orchestrator.ray_cluster import first_line
+from orchestrator.ray_parts import Parts, stays
 from orchestrator.ray_worker import NoRoomError, RayWorker
 from orchestrator.scheduler import Assignment
 from quantcore.errors import BY_NAME, ResourceError
+from workers.kept import Near
 from workers.plan import Plan
 
 _LAST_WRITES_S = 15.0  # that a block which is being written is waited for at the end
@@ -51,11 +53,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class _Member:
+    number: int
     actor: Any
     watch: Any  # a reference that becomes an error when the actor dies
     node: str
     device: str
     speed: float
+    gpu: str = ""
+    sees: tuple[str, ...] = ()
     pulse: Any = None  # asked for, and not answered yet
     asked: float = 0.0  # when it was asked for last
     asked_at: str = ""  # which assignment
@@ -73,8 +78,14 @@ class _Start:
 class _Running:
     worker: int
     assignment: Assignment
+    inputs: list[Any]
     start: float  # as the clock has it
     since: float  # in our own time
+
+    def read_of(self) -> dict[str, int]:
+        """Assignments whose makers' memory is read, and these makers."""
+        read = zip(self.assignment.inputs, self.inputs, strict=True)
+        return {source: given.maker for (source, _), given in read if isinstance(given, Near)}
 
 
 class RayExecutor:
@@ -91,7 +102,7 @@ class RayExecutor:
         self._refused = set(wanted.refused)
         self._untold: list[News] = []
         self._sent: Any = None  # the plan, as workers are given it
-        self._refs: dict[str, list[Any]] = {}
+        self._parts = Parts()
         self._running: dict[Any, _Running] = {}
         self._judge = Judge(plan, wanted.patience)
         self._time = OwnTime()
@@ -111,13 +122,17 @@ class RayExecutor:
         return self._members[worker].speed
 
     def submit(self, worker: int, assignment: Assignment) -> None:
-        inputs = [self._refs[source][part] for source, part in assignment.inputs]
-        call = self._members[worker].actor.run.options(num_returns=1 + assignment.parts)
-        refs = call.remote(assignment.task, assignment.parts, inputs)
-        first, *parts = refs if assignment.parts else [refs]
+        member = self._members[worker]
+        inputs = [self._parts.input_for(member, source, part) for source, part in assignment.inputs]
+        staying = assignment.id if assignment.parts and stays(member.device) else None
+        sent = 0 if staying else assignment.parts
+        call = member.actor.run.options(num_returns=1 + sent)
+        refs = call.remote(assignment.task, assignment.parts, inputs, staying)
+        first, *parts = refs if sent else [refs]
         if parts:
-            self._refs[assignment.id] = parts
-        self._running[first] = _Running(worker, assignment, time.perf_counter(), self._time.now())
+            self._parts.put(assignment.id, parts)
+        now = time.perf_counter(), self._time.now()
+        self._running[first] = _Running(worker, assignment, inputs, *now)
 
     def next_news(self) -> News:
         if self._untold:
@@ -143,7 +158,7 @@ class RayExecutor:
                     return news
 
     def release(self, assignment: str) -> None:
-        self._refs.pop(assignment, None)
+        self._parts.release(assignment)
 
     def close(self) -> None:
         """End what we started: workers, and an embedded Ray with its driver's connection."""
@@ -154,7 +169,7 @@ class RayExecutor:
         for actor in [*actors, *(start.actor for start in self._starting.values())]:
             with contextlib.suppress(Exception):  # it may be gone, and Ray with it
                 self._ray.kill(actor)
-        self._refs.clear()
+        self._parts.clear()
         self._running.clear()
         self._members.clear()
         self._starting.clear()
@@ -179,7 +194,7 @@ class RayExecutor:
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
         }
         # asked in a thread of its own, a worker answers while it works
-        groups = {"pulse": 1, "watch": 1, "close": 1}
+        groups = {"pulse": 1, "watch": 1, "close": 1, "parts": 1}
         actor = self._ray.remote(concurrency_groups=groups)(RayWorker).options(**options).remote()
         if self._sent is None:
             self._sent = self._ray.put(self._plan)  # once, while there is room for it
@@ -230,7 +245,16 @@ class RayExecutor:
             return self._refuse(start, facts["node"], told)
         self._failed = 0
         watch = start.actor.watch.options(concurrency_group="watch").remote()
-        member = _Member(start.actor, watch, facts["node"], start.device, facts["speed"])
+        member = _Member(
+            start.number,
+            start.actor,
+            watch,
+            facts["node"],
+            start.device,
+            facts["speed"],
+            facts["gpu"],
+            tuple(facts["sees"]),
+        )
         self._members[start.number] = member
         return Arrival(start.number)
 
@@ -268,12 +292,17 @@ class RayExecutor:
             failure = ResourceError(f"{assignment.id} on worker {worker}: {first_line(error)}")
             return Result(assignment.id, worker, seconds, error=failure)
         del self._running[ref]
-        if "missing" in summary:
+        if "placed" in summary:
+            self._parts.stay(assignment.id, self._members[worker], summary.pop("placed"))
+        gone = {source for source, maker in running.read_of().items() if maker not in self._members}
+        gone.update(assignment.inputs[number][0] for number in summary.get("missing", ()))
+        if gone:  # a process that ended while its memory was read may have taken it along
             self.release(assignment.id)
-            missing = tuple(sorted({assignment.inputs[i][0] for i in summary["missing"]}))
+            missing = tuple(sorted(gone))
             lost = ResourceError(f"{assignment.id} did not get its inputs from {missing}")
             return Result(assignment.id, worker, seconds, error=lost, missing=missing)
         if "failure" not in summary:
+            self._parts.read(self._members[worker], running.inputs)
             self._judge.finished(assignment, seconds, self._members[worker].device)
             return Result(assignment.id, worker, seconds, summary)
         self.release(assignment.id)
@@ -292,7 +321,10 @@ class RayExecutor:
             self._ray.kill(member.actor)
         self._hire(member.device)
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        return Loss(worker, error, parts_kept=member.node in alive)
+        for other in self._members.values() if member.gpu else ():
+            other.actor.forget.options(concurrency_group="parts").remote(worker)
+        kept = not self._parts.lost(member) and member.node in alive
+        return Loss(worker, error, parts_kept=kept)
 
     def _why(self, ref: Any) -> ResourceError:
         try:

@@ -140,7 +140,7 @@ def _packed(spec: JobSpec) -> Iterator[Path]:
                 shutil.copyfile(path, folder / packed)
             data[section][name] = packed
         plan = spec.quantization.plan
-        if plan is not None and Path(plan.path).is_file():
+        if plan is not None and plan.path is not None and Path(plan.path).is_file():
             shutil.copyfile(plan.path, folder / _PLAN_FILE)
             data["quantization"]["plan"]["path"] = _PLAN_FILE
         (folder / _JOB_FILE).write_text(yaml.safe_dump(data, sort_keys=False))

@@ -7,13 +7,17 @@ from a task that failed.
 
 import re
 import threading
+import time
 import traceback
 from typing import Any
+
+import torch
 
 from orchestrator.patience import FETCH_TIMEOUT_S
 from orchestrator.ray_cluster import imported
 from quantcore.errors import ResourceError
-from workers.parcels import packed, unpacked
+from workers.kept import Kept, Mapped, Near, Own
+from workers.parcels import Lent, packed, size_of, unpacked
 from workers.plan import BITS_VERSION, MIXED, Plan
 from workers.tasks import Task
 
@@ -25,39 +29,71 @@ class RayWorker:
         self._worker: Any = None
         self._progress = (0, 0)
         self._end = threading.Event()
+        self._kept: Any = None  # parts that stay here
+        self._mapped = Mapped()
 
     def start(self, plan: Plan, device: str) -> dict[str, Any]:
         """Where this worker is, or why there is none."""
+        from workers.gpus import own_gpu, see_others, visible_gpus
         from workers.kind import hardware_kind
         from workers.worker import Worker
 
         facts: dict[str, Any] = {"node": imported().get_runtime_context().get_node_id()}
         try:
+            see_others(device)
             if difference := _difference(plan, hardware_kind(device)):
                 return {**facts, "refused": difference}
             self._worker = Worker(plan, device, self._tell)
+            self._kept = Kept(self._worker.device)
         except Exception as error:
             return {**facts, "failure": described(error)}
-        return {**facts, "speed": self._worker.speed}
+        gpus = {"gpu": own_gpu(device), "sees": visible_gpus(device)}
+        return {**facts, **gpus, "speed": self._worker.speed}
 
-    def run(self, task: Task, parts: int, inputs: list[Any]) -> Any:
-        """The summary, and the parts beside it; a summary may tell of a failure instead."""
+    def run(self, task: Task, parts: int, inputs: list[Any], staying: str | None = None) -> Any:
+        """The summary, and the parts beside it; a summary may tell of a failure instead.
+
+        Under the name `staying` parts are kept here, and the summary tells where.
+        """
         try:
-            given, missing = _fetched(inputs)
+            start = time.perf_counter()
+            given, missing = self._given(inputs)
             if missing:
                 summary: dict[str, Any] = {"missing": missing}
                 results: tuple[Any, ...] = (None,) * parts
             else:
-                device = self._worker.device
-                outcome = self._worker.run(task, tuple(unpacked(part, device) for part in given))
-                summary = outcome.summary
-                results = tuple(packed(part) for part in outcome.parts)
+                seconds = time.perf_counter() - start
+                away = (n for n, one in enumerate(inputs) if not isinstance(one, Own))
+                received = {"bytes": sum(size_of(given[n]) for n in away), "seconds": seconds}
+                outcome = self._worker.run(task, given)
+                summary = {**outcome.summary, "received": received}
+                if staying is None:
+                    results = tuple(packed(part) for part in outcome.parts)
+                else:
+                    summary["placed"] = self._kept.keep(staying, outcome.parts)
+                    _finish(self._worker.device)  # before others read them
+                    results = (None,) * parts
         except Exception as error:
             summary, results = {"failure": described(error)}, (None,) * parts
         finally:
             self._progress = (0, 0)
         assert len(results) == parts
-        return (summary, *results) if parts else summary
+        return (summary, *results) if parts and staying is None else summary
+
+    def lend(self, slab: int) -> Lent:
+        """Memory of this worker's, for another process of this machine."""
+        told: Lent = self._kept.lend(slab)
+        return told
+
+    def send(self, assignment: str, part: int) -> Any:
+        return self._kept.packed(assignment, part)
+
+    def drop(self, assignment: str) -> None:
+        self._kept.drop(assignment)
+
+    def forget(self, maker: int) -> None:
+        """Another process is no more."""
+        self._mapped.forget(maker)
 
     def pulse(self) -> tuple[int, int]:
         return self._progress
@@ -70,8 +106,41 @@ class RayWorker:
         """Returns never: when this process dies, whoever waits for it is told."""
         self._end.wait()
 
+    def _given(self, inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
+        """Inputs on this worker's device, or the numbers of those that are lost."""
+        asked: list[tuple[int, Any, int | None]] = []  # number, reference, slab
+        for number, given in enumerate(inputs):
+            if isinstance(given, Near):
+                asked += [(number, ref, slab) for slab, ref in given.slabs.items()]
+            elif not isinstance(given, Own):
+                asked.append((number, given, None))
+        fetched, missing = _fetched([ref for _, ref, _ in asked])
+        if missing:
+            return (), sorted({asked[place][0] for place in missing})
+        found = dict[int, Any]()
+        for (number, _, slab), value in zip(asked, fetched, strict=True):
+            if slab is None:
+                found[number] = value
+            else:
+                self._mapped.add(inputs[number].maker, slab, value)
+        for number, given in enumerate(inputs):
+            if isinstance(given, Own):
+                found[number] = self._kept.part(given.assignment, given.part)
+                continue
+            there = self._mapped.part(given) if isinstance(given, Near) else found[number]
+            found[number] = unpacked(there, self._worker.device)
+        if any(isinstance(given, Near) for given in inputs):
+            _finish(self._worker.device)  # all is copied before anyone is told that it was read
+        missing = [number for number, value in found.items() if value is None]
+        return tuple(found[number] for number in range(len(inputs))), sorted(missing)
+
     def _tell(self, done: int, total: int) -> None:
         self._progress = (done, total)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def described(error: Exception) -> dict[str, str]:
@@ -112,7 +181,11 @@ def _fetched(inputs: list[Any]) -> tuple[tuple[Any, ...], list[int]]:
             f"a task's results found no room on {node}: Ray's object store is full, and so is the "
             "disk that it spills to; free space there, or start it with more --object-store-memory"
         ) from None
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError) as error:
+    except (
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.GetTimeoutError,
+        ray.exceptions.RayActorError,  # that had it
+    ) as error:
         missing = [number for number, ref in enumerate(inputs) if _is_lost(ref)]
         if missing or not isinstance(error, ray.exceptions.GetTimeoutError):
             return (), missing or [0]
@@ -126,6 +199,10 @@ def _is_lost(ref: Any) -> bool:
     ray = imported()
     try:
         ray.get(ref, timeout=1.0)
-    except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+    except (
+        ray.exceptions.ObjectLostError,
+        ray.exceptions.GetTimeoutError,
+        ray.exceptions.RayActorError,
+    ):
         return True
     return False

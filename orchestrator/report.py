@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.checks import Prepared, describe
+from orchestrator.checks import Prepared
+from orchestrator.described import describe
 from orchestrator.loop import Timings
 
 VERSION = 2

@@ -18,6 +18,7 @@ from workers.plan import Plan
 class Site:
     in_process: bool = False
     cluster: Any = None  # Ray, connected
+    address: str = ""  # of the cluster
     seen: list[Machine] = field(default_factory=list)  # its nodes, as a check found them
 
     @property
@@ -28,7 +29,7 @@ class Site:
         """The workers that a job was found to need. Raises ResourceError if they do not start."""
         if self.in_process:
             return InProcessExecutor(plan, prepared.team.devices)
-        from orchestrator.ray_cluster import embedded
+        from orchestrator.ray_cluster import embedded, joined
         from orchestrator.ray_executor import RayExecutor, Wanted
 
         workers = prepared.spec.workers
@@ -45,6 +46,8 @@ class Site:
             gpus = sum(device != "cpu" for device in prepared.team.devices)
             store = prepared.admitted.object_store
             ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus, object_store=store)
+        elif not ray.is_initialized():  # workers before these ended the connection with them
+            ray = joined(self.address)
         return RayExecutor(plan, wanted, ray)
 
     def _look_at_nodes(self, paths: Sequence[str]) -> list[Machine]:
@@ -69,6 +72,6 @@ def open_site(address: str | None, in_process: bool) -> Iterator[Site]:
 
     ray = joined(address)
     try:
-        yield Site(cluster=ray)
+        yield Site(cluster=ray, address=address)
     finally:
         ray.shutdown()

@@ -53,7 +53,7 @@ def kept_texts(store: Store, spec: JobSpec) -> Iterator[JobSpec]:
             store.get_file(EVALUATION, text)
             changes["evaluation"] = spec.evaluation.model_copy(update={"text": text})
         plan = spec.quantization.plan
-        if plan is not None:
+        if plan is not None and plan.path is not None:  # else it stands where it was found
             kept = f"{store.url}/{_kept_plan(store)}"
             named = {"plan": plan.model_copy(update={"path": kept})}
             changes["quantization"] = spec.quantization.model_copy(update=named)

@@ -180,6 +180,24 @@ def job_file(
 
 
 @pytest.fixture
+def job_to_plan(job_file: Callable[..., Path]) -> Callable[..., Path]:
+    """A job to be planned: `job_to_plan(candidates=[...])` changes keys of its plan's section."""
+
+    def write(name: str = "job", sections: dict[str, Any] | None = None, **plan: Any) -> Path:
+        calls = (
+            {}
+            if plan.keys() & {"path", "profile"}
+            else {"calls": [{"tokens": 1, "times": 8}, {"tokens": 16}]}
+        )
+        quantization = {"method": "plan", "plan": {**calls, **plan}}
+        sections = sections or {}
+        quantization |= sections.get("quantization", {})
+        return job_file(name, **{**sections, "quantization": quantization})
+
+    return write
+
+
+@pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     """Run a command that must be refused; its message, which is all that it leaves behind."""
 

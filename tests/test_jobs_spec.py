@@ -130,7 +130,12 @@ PLANNED = {"method": "plan", "plan": {"path": "plan.json"}}
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"method": "plan"}, r"write plan: \{path: ...\}"),
+        ({**PLANNED, "plan": {"path": "p", "candidates": ["int4"]}}, "made already: drop cand"),
+        ({**PLANNED, "plan": {"candidates": []}}, "candidates: none: write default"),
+        (
+            {**PLANNED, "plan": {"profile": "decode_1", "calls": [{"tokens": 1}]}},
+            "calls are a profile of their own",
+        ),
         ({"scheme": "int8", "plan": {"path": "p"}}, "plan is for method: plan"),
         ({**PLANNED, "scheme": "int4"}, "says the scheme of every linear: drop this key"),
         ({**PLANNED, "group_size": 32}, "drop group_size, symmetric, zero_point"),
@@ -157,6 +162,9 @@ def test_what_does_not_go_with_a_plan_is_refused(keys: dict[str, Any], message: 
 
 def test_a_plan_is_rounded_as_jobs_are() -> None:
     texts = {"text": "t"}
+    assert (
+        job(quantization={"method": "plan"}, calibration=texts).quantization.planning.path is None
+    )
     assert job(quantization=PLANNED, calibration=texts).quantization.usual_method == "gptq"
     with pytest.raises(ValidationError, match="add a calibration section, or write rtn or hqq"):
         job(quantization=PLANNED)

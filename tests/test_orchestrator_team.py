@@ -108,7 +108,10 @@ class TestSlowWorkers:
         mixed = dataclasses.replace(mixed, contract=contract)
         return Fleet(mixed, quantization_works(mixed, set()))
 
-    def test_a_core_beside_a_gpu_is_given_neither_chunks_nor_solves(self) -> None:
+    def test_a_core_beside_a_gpu_is_given_neither_chunks_nor_solves(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("orchestrator.block.BAND_BYTES", 1)
         site = self.fleet()
         site.join(speed=GPU_SPEED)
         site.join(speed=CPU_SPEED)

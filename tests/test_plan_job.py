@@ -205,7 +205,11 @@ Q = "model.layers.0.self_attn.q_proj"
             {},
             r"asymmetric scheme beside another .* \(first: 'model.layers.0.mlp.gate_proj'\)$",
         ),
-        (labels_of(BLOCKS, "dense", "dense"), {}, "every layer is skipped: nothing to do"),
+        (
+            labels_of(BLOCKS, "dense", "dense"),
+            {},
+            "the plan leaves every linear dense: there is nothing",
+        ),
         (
             labels_of(BLOCKS, mlp="int8_static sym channel plain"),
             {"calibration": None, "plan": {"rounding": "rtn"}},

@@ -54,11 +54,11 @@ _HANGS = """
 mark = Path(sys.argv[2])  # here: a worker has arguments of its own
 
 class Hangs(RayWorker):
-    def run(self, task, parts, inputs):
+    def run(self, task, parts, inputs, staying=None):
         if type(task).__name__ == "Collect" and task.block == 1 and not mark.exists():
             mark.touch()
             time.sleep(3600)
-        return super().run(task, parts, inputs)
+        return super().run(task, parts, inputs, staying)
 
 ray_executor.RayWorker = Hangs
 patience = Patience(shortest_s=20, times_usual=5)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.load import read_document, resolve_paths, validate
-from orchestrator.checks import check, describe
+from orchestrator.checks import check
+from orchestrator.described import describe
 from orchestrator.driver import run_job
 from orchestrator.executors import InProcessExecutor
 from orchestrator.loop import Observer

@@ -6,13 +6,20 @@ a process, and as arrays between processes (parcels.py). Tasks that publish name
 epoch of the driver that asks (orchestrator/lease.py): once there is a later one, they refuse.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from jobs.spec import EvaluationSpec
+from quantcore.schemes import Scheme
 from quantcore.tree import Span
+
+if TYPE_CHECKING:  # scipy comes with these, which jobs do without
+    from quantcore.autoquant.costs import Spot
+    from quantcore.autoquant.measurements import HardwareKind, Product, Timing
+    from quantcore.autoquant.race import Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,43 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Sense:
+    """Measure how far schemes move the outputs of some blocks' linears; see sensing.py.
+
+    Each block's errors are written to the store by whoever measures them.
+    """
+
+    store: str  # that plans share what they measured in
+    key: str  # of the model and texts that it is measured on
+    blocks: tuple[int, ...]  # in rising order
+    wanted: Mapping[str, tuple[Scheme, ...]]  # by linear
+
+
+@dataclass(frozen=True, slots=True)
+class Diverge:
+    """Measure how far the whole model's predictions move as some variants of it.
+
+    Each one's divergence is written to the store by whoever measures it.
+    """
+
+    store: str
+    key: str
+    held_out: tuple[tuple[int, ...], ...]  # token ids
+    variants: Mapping[str, dict[str, Scheme]]  # by a digest of its own: linears with schemes
+
+
+@dataclass(frozen=True, slots=True)
+class Race:
+    """Time what linears of one shape may become, on the kind of hardware that this worker is."""
+
+    hardware: "HardwareKind"
+    spots: "tuple[Spot, ...]"
+    factors: Mapping[Scheme, float]
+    known: "Mapping[Product, Timing]"  # not timed again
+    effort: "Effort"
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """Tell what of the time spent was not told yet; a device is waited for (see clock.py)."""
 
@@ -220,6 +264,9 @@ Task = (
     | Quantize
     | CopyOutside
     | Evaluate
+    | Sense
+    | Diverge
+    | Race
     | Account
 )
 

@@ -21,6 +21,17 @@ from workers.sources import ModelSource
 from workers.store import Store
 
 
+def variant(
+    name: str, source: ModelSource, store: Store, dtype: torch.dtype, plan: Plan
+) -> tuple[Any, Any]:
+    """'original', 'rtn' or 'quantized', and its tokenizer."""
+    if name == "original":
+        return original(source, dtype), source.tokenizer()
+    if name == "rtn":
+        return rounded(source, dtype, plan), source.tokenizer()
+    return stored_artifact(store, dtype)
+
+
 def original(source: ModelSource, dtype: torch.dtype) -> Any:
     """The source's own model, computing in `dtype`."""
     return _assemble(source, dtype, {})

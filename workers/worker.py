@@ -44,6 +44,7 @@ from workers.tasks import (
     Boundary,
     Collect,
     CopyOutside,
+    Diverge,
     Drop,
     Embed,
     Evaluate,
@@ -54,9 +55,11 @@ from workers.tasks import (
     Probe,
     Publish,
     Quantize,
+    Race,
     Reduce,
     Round,
     Save,
+    Sense,
     Settle,
     Solve,
     SolvedGroup,
@@ -65,7 +68,7 @@ from workers.tasks import (
     Take,
     Task,
 )
-from workers.variants import original, rounded, stored_artifact
+from workers.variants import variant
 from workers.writing import Writer
 
 
@@ -208,6 +211,8 @@ class Worker:
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():
                 return self._evaluate(task)
+            case Sense() | Diverge() | Race():
+                return self._measure(task)
             case Account():
                 return Outcome()
 
@@ -217,6 +222,10 @@ class Worker:
         if self.device.type != "cpu" and self._plan.torch_dtype != torch.float32:
             fuse(block, self._fused)
         return block
+
+    def _held_block(self, index: int) -> nn.Module:
+        self._hold(index)
+        return self._block(index)
 
     def _hold(self, index: int) -> None:
         """Have a block's weights on an accelerator, and the next block's on their way.
@@ -367,18 +376,24 @@ class Worker:
             parts.append(pack(task.last, hidden))
         return Outcome({}, tuple(parts))
 
-    def _evaluate(self, task: Evaluate) -> Outcome:
+    def _measure(self, task: Sense | Diverge | Race) -> Outcome:
+        """For a plan."""
+        from workers.measuring import measure  # and scipy: a second, which jobs do without
+
+        if not isinstance(task, Sense):
+            self._make_room()
+        return Outcome(measure(self._plan, self._model, self._held_block, task, self._tell))
+
+    def _make_room(self) -> None:
+        """For a whole model."""
         self._held.clear()
         self._release()
         self._model.release_outside()
+
+    def _evaluate(self, task: Evaluate) -> Outcome:
+        self._make_room()
         dtype = torch.float32 if self.device.type == "cpu" else self._plan.torch_dtype
-        tokenizer = self._source.tokenizer()
-        if task.variant == "original":
-            model = original(self._source, dtype)
-        elif task.variant == "rtn":
-            model = rounded(self._source, dtype, self._plan)
-        else:
-            model, tokenizer = stored_artifact(self._store, dtype)
+        model, tokenizer = variant(task.variant, self._source, self._store, dtype, self._plan)
         model = model.to(self.device)
         metrics = evaluate(model, tokenizer, task.spec, task.text, self._tell)
         return Outcome({"metrics": metrics})

@@ -107,7 +107,8 @@ class Simulation:
     _order: Iterator[int] = field(default_factory=itertools.count)
     _made_by: dict[str, tuple[int, Assignment]] = field(default_factory=dict)
     _doing: dict[int, tuple[str, float]] = field(default_factory=dict)
-    _written_at: dict[int, float] = field(default_factory=dict)  # when a block is in the store
+    together: dict[int, float] = field(default_factory=dict)  # when a block is put together
+    _written_at: dict[int, float] = field(default_factory=dict)  # when it is in the store
 
     def run(self) -> float:
         """Seconds until the job's last block is published."""
@@ -184,6 +185,7 @@ class Simulation:
             case Solve() as solve:
                 return costs.solve_s * self._share(solve)
             case Publish(block):
+                self.together[block] = self.now
                 self._written_at[block] = self.now + costs.publish_s  # in a thread
             case Settle(block):
                 return max(0.0, self._written_at[block] - self.now)

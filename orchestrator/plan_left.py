@@ -1,0 +1,70 @@
+"""Where `quantfleet plan` leaves its plans, and what it says of them."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from orchestrator.plan_facts import shown
+from orchestrator.planned import Planned
+from orchestrator.to_plan import ToPlan
+from quantcore.autoquant.document import Plan, file_name, parse, written
+from quantcore.autoquant.race import Effort
+from quantcore.errors import SpecError, StoreError
+from workers.store import open_file, open_store
+
+
+def places(job: ToPlan, output: str | None) -> list[str]:
+    """The file of each kind's plan. Raises before anything is measured where one is in the way."""
+    if output is not None and len(job.kinds) > 1:
+        named = ", ".join(file_name(kind.hardware) for kind in job.kinds)
+        raise SpecError(f"--output: there are {len(job.kinds)} plans, {named}: leave it out")
+    found = [output or file_name(kind.hardware) for kind in job.kinds]
+    for place in found:
+        store, name = open_file(place)
+        if not store.exists(name):
+            continue
+        try:
+            parse(store.get(name).decode())
+        except (SpecError, UnicodeDecodeError):
+            raise StoreError(
+                f"{place} is there already, and is no plan: name another file by --output"
+            ) from None
+    return found
+
+
+def leave(job: ToPlan, plan: Plan, place: str) -> str:
+    """Write a plan to its file, over an older one, and to the job's folder; where it is there."""
+    document = written(plan).encode()
+    store, name = open_file(place)
+    store.put(name, document)
+    planned = Planned(plan, document)
+    folder = open_store(job.folder)
+    folder.put(planned.name, document)
+    return f"{folder.url}/{planned.name}"
+
+
+def noise(plan: Plan, effort: Effort) -> str | None:
+    """A warning where times came out so wide that most candidates tie with what was chosen."""
+    options = [option for layer in plan.measured for option in layer.options]
+    others = len(options) - len(plan.choice.layers)
+    tied = sum(len(layer.ties) for layer in plan.choice.layers)
+    times = [option.time for option in options]
+    spread = median((time.high_us - time.low_us) / time.time_us for time in times)
+    if not others or 2 * tied <= others or spread <= effort.spread:
+        return None
+    return (
+        f"times are noisy: intervals are {spread:.0%} wide, and {tied} of {others} other "
+        "candidates tie with what was chosen: plan on a quiet machine"
+    )
+
+
+def facts(plan: Plan, place: str, url: str, warning: str | None) -> dict[str, Any]:
+    return {
+        "plan": str(Path(place)) if "://" not in place else place,
+        "store": url,
+        "errors": "errors are in nats a token, by a check of the whole model"
+        if plan.checks
+        else "errors are the linears' relative ones, added up: no whole model was checked",
+        "noise": warning,
+        **shown(plan),
+    }
