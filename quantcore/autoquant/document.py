@@ -35,6 +35,7 @@ from quantcore.autoquant.options import Layer, Option, Profile, Time
 from quantcore.errors import ResourceError, SpecError
 
 VERSION = 1
+CHOSEN = "chosen"  # the plan itself, among what was checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Check:
     Errors of a scheme were scaled by the check of that scheme alone: its own is no prediction.
     """
 
-    plan: str  # "chosen", or the scheme that all linears had
+    plan: str  # CHOSEN, or the scheme that all linears had
     summed: float  # their errors, before anything scaled them
     predicted: float | None
     measured: float

@@ -30,7 +30,7 @@ from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.costs import Spot, checked, measured, refuse_apart, spots_of
 from quantcore.autoquant.divergence import HeldOut, undone
-from quantcore.autoquant.document import Check, Plan
+from quantcore.autoquant.document import CHOSEN, Check, Plan
 from quantcore.autoquant.finalists import Prepare, Stage
 from quantcore.autoquant.findings import Findings, Known
 from quantcore.autoquant.front import front
@@ -211,7 +211,7 @@ class Autoquant:
                 swap(self._model, labels, self._recorder)
                 known.add({finding: compared.divergence()})
         return Check(
-            plan="chosen",
+            plan=CHOSEN,
             summed=_summed(choice, spots),
             predicted=choice.totals.error,
             measured=known[finding],
