@@ -95,8 +95,9 @@ def resume(
         from workers.store import open_store
 
         store = open_store(job)
-        each = stored_each(store)
-        began = stored_job(store) or each
+        began, each = stored_job(store), None
+        if began is None:
+            began = each = stored_each(store)
         if began is None:
             raise StoreError(f"{store.url} holds no job that was begun: see quantfleet list")
         spec, document = stored_spec(began, store.url)

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.bag import Bag
 from orchestrator.checks import Prepared
+from orchestrator.each_stored import begun_first
 from orchestrator.executors import Executor
 from orchestrator.identity import (
     Identity,
@@ -38,7 +39,6 @@ from orchestrator.works import quantization_works, survey_tasks
 from quantcore.errors import LeaseError, QuantfleetError, SpecError
 from workers.evaluate import read_text
 from workers.layout import (
-    EACH_KIND,
     KEPT,
     MANIFEST,
     OUTSIDE,
@@ -81,7 +81,7 @@ def run_job(
             hashes = survey(prepared.source, prepared.source.tensors)
             refuse_difference(store, previous["identity"], with_content(known, hashes))
             return JobResult(store.url, _read_report(store), already_finished=True)
-    elif store.exists(EACH_KIND):
+    elif begun_first(store) is not None:
         raise SpecError(
             f"{store.url}: this job was begun with plan.each_kind, and has its artifacts beside "
             "it: put that back, or choose another name"

@@ -6,9 +6,9 @@
     STORE/NAME-AMD_EPYC/
 
 The first job runs the texts through its own quantized blocks, as it would if it were alone, and
-keeps the statistics. The others are jobs over these, whichever kinds their plans are for. Nothing
-else ties them: each has its ledger and is taken up by itself, and a plan that comes later is one
-job more.
+keeps the statistics. The others are jobs over these, whichever kinds their plans are for; so the
+first is the one whose plan loses most. Nothing else ties them: each has its ledger and is taken up
+by itself, and a plan that comes later is one job more.
 """
 
 import contextlib
@@ -27,14 +27,12 @@ from orchestrator.driver import JobResult
 from orchestrator.each_stored import begun_first
 from orchestrator.findings import Findings
 from orchestrator.identity import stored_job
-from orchestrator.machines import choose_fleet
 from orchestrator.plan_facts import errors_told
 from orchestrator.planned import (
     Planned,
     artifact_name,
     asked_otherwise,
     held_against,
-    is_of,
     plans_in_store,
     read_planned,
 )
@@ -96,7 +94,7 @@ def check_each(
 ) -> EachKind:
     """Look at all that a job with each_kind names. Raises JobFaults with every fault found."""
     findings = Findings(document, faults)
-    found = findings.attempt(_EACH, lambda: _artifacts(spec, look_at))
+    found = findings.attempt(_EACH, lambda: _artifacts(spec))
     if found is None:
         raise JobFaults(str(document.path), findings.faults)
     first = None
@@ -120,7 +118,7 @@ def check_each(
     return EachKind(spec, document, found, replace(first, notes=(*_notes(found), *first.notes)))
 
 
-def _artifacts(spec: JobSpec, look_at: Look) -> tuple[Artifact, ...]:
+def _artifacts(spec: JobSpec) -> tuple[Artifact, ...]:
     """By every plan in the job's folder. Raises SpecError for one that the job does not ask for."""
     folder = open_store(_folder(spec))
     if stored_job(folder) is not None:
@@ -141,7 +139,7 @@ def _artifacts(spec: JobSpec, look_at: Look) -> tuple[Artifact, ...]:
                 "shorter one"
             )
         plans[name] = (place, planned)
-    first = begun_first(folder) or _first(spec, plans, look_at)
+    first = begun_first(folder) or _first(plans)
     if first not in plans:
         raise SpecError(
             f"{first} was calibrated by a plan that is no longer in {folder.url}: put it back, or "
@@ -153,14 +151,12 @@ def _artifacts(spec: JobSpec, look_at: Look) -> tuple[Artifact, ...]:
     )
 
 
-def _first(spec: JobSpec, plans: dict[str, tuple[str, Planned]], look_at: Look) -> str:
-    """That of the workers' kind, so that its artifact is the one that it would be alone."""
-    with contextlib.suppress(QuantfleetError):  # `prepare` says why
-        for chosen in choose_fleet(look_at([]), spec.workers.kind):
-            for name, (_, planned) in plans.items():
-                if is_of(planned.plan, chosen):
-                    return name
-    return next(iter(plans))
+def _first(plans: Mapping[str, tuple[str, Planned]]) -> str:
+    """That which is predicted to lose most: solving for its own errors is worth most to it.
+
+    Whose kind the workers are plays no part, so that the artifacts hang on the plans alone.
+    """
+    return max(plans, key=lambda name: plans[name][1].plan.choice.totals.error)
 
 
 def _spec_of(spec: JobSpec, name: str, first: str, place: str) -> JobSpec:
@@ -186,9 +182,10 @@ def _held(artifact: Artifact, architecture: Architecture, document: Document) ->
     faults, _ = held_against(planned, spec, architecture, ())
     if not faults:
         _, _, faults = plan_layers(spec, architecture, planned.schemes)
-    told = f"the plan for {artifact.hardware}"
+    told = f"the plan for {artifact.hardware}: "
+    instead = f"; or take {artifact.place} away, and only the others are made"
     return [
-        document.fault(tuple(_EACH.split(".")), f"{told}: {fault.message}", kind=fault.kind)
+        document.fault(tuple(_EACH.split(".")), told + fault.message + instead, kind=fault.kind)
         if fault.field == PLAN
         else fault
         for fault in faults

@@ -82,7 +82,7 @@ def left_in_store(spec: JobSpec, fleet: Sequence[Chosen]) -> tuple[Planned, tupl
     others = [one.plan.hardware.label() for one in plans if one is not mine]
     notes = (
         f"one artifact, by one plan: that for {mine.plan.hardware.label()}; not by those for "
-        f"{'; '.join(others)}",
+        f"{'; '.join(others)} (plan.each_kind: true makes one by each)",
     )
     return mine, notes if others else ()
 

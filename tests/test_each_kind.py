@@ -22,9 +22,11 @@ from tests.conftest import BLOCKS
 from tests.planning import mixed
 from tests.plans import H200, INT4, INT8, here, labels_of, plan_of
 from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
+from workers.store import open_store
 
 OTHER = "job-NVIDIA_H200"
 MINE = "job-" + "".join(c if c.isalnum() else "_" for c in here().name)
+NEVER = "never"  # a task that no job has
 CPU, GPU = labels_of(BLOCKS), labels_of(BLOCKS, INT8, INT4, INT8)  # rounded otherwise everywhere
 
 EachJob = Callable[..., Path]
@@ -37,7 +39,7 @@ def each_job(job_file: JobFile, tmp_path: Path) -> EachJob:
     def write(
         *plans: Plan, name: str = "job", plan: Mapping[str, Any] | None = None, **sections: Any
     ) -> Path:
-        for of in plans or (plan_of(CPU), plan_of(GPU, H200)):
+        for of in plans or (plan_of(CPU, error=1), plan_of(GPU, H200)):
             folder = tmp_path / "store" / name / "plan"
             folder.mkdir(parents=True, exist_ok=True)
             file = MINE if of.hardware.device == "cpu" else OTHER
@@ -100,6 +102,15 @@ def test_one_job_makes_an_artifact_by_every_plan_from_one_calibration(
     assert ours[OTHER] == alone("over", OTHER, **statistics)
 
 
+def test_the_texts_are_run_for_the_plan_that_loses_most(each_job: EachJob, store: Path) -> None:
+    """Until its job has begun: then the others' inputs came through it, whatever plans come."""
+    plans = plan_of(CPU, error=0.5), plan_of(GPU, H200, error=0.75)
+    assert [one.spec.name for one in looked_at(each_job(*plans)).artifacts] == [OTHER, MINE]
+    made(each_job(*plans), _Dies(NEVER))
+    later = looked_at(each_job(plan_of(CPU, error=9)))
+    assert [one.spec.name for one in later.artifacts] == [OTHER, MINE]
+
+
 def test_the_summary_names_each_artifact_its_plan_and_how_to_fetch_it(
     each_job: EachJob, store: Path, tmp_path: Path
 ) -> None:
@@ -129,12 +140,12 @@ def test_interrupted_anywhere_it_is_resumed_from_the_store_alone(
     text = tmp_path / "gone.txt"
     shutil.copy(text_file, text)
     texts = {"calibration": {"text": str(text), "sequences": 8, "length": 32}}
-    made(each_job(**texts), _Dies("never"), _Dies("never"))
+    made(each_job(**texts), _Dies(NEVER), _Dies(NEVER))
     whole = artifacts(store)
     shutil.rmtree(store)
 
     job = each_job(**texts)
-    observers = [_Dies(task or "never") for task in dies_at]
+    observers = [_Dies(task or NEVER) for task in dies_at]
     if any(dies_at):
         with pytest.raises(KeyboardInterrupt):
             made(job, *observers)
@@ -147,6 +158,40 @@ def test_interrupted_anywhere_it_is_resumed_from_the_store_alone(
     outcome = quantfleet("resume", store / "job", "--in-process")
     assert outcome.code == 0, outcome
     assert artifacts(store) == whole
+
+
+def test_before_the_first_has_begun_nothing_is_fixed(each_job: EachJob, store: Path) -> None:
+    """It is resumed from its record; the texts are not in the store yet, and must be there."""
+    with pytest.raises(KeyboardInterrupt):
+        made(each_job(), _Dies("survey"))
+    assert not (store / MINE).exists()
+    status = quantfleet("status", store / "job").out.splitlines()
+    assert status == [f"{name}: not begun" for name in sorted((MINE, OTHER))]
+    assert quantfleet("resume", store / "job", "--in-process").code == 0
+    assert (store / OTHER / "manifest.json").exists()
+
+
+def test_plans_and_artifacts_in_s3_are_taken_up_from_there(
+    each_job: EachJob, bucket: str, store: Path
+) -> None:
+    made(each_job(), _Dies(NEVER), _Dies(NEVER))
+    far = f"{bucket}/artifacts"
+    for plan in (store / "job" / "plan").iterdir():
+        open_store(f"{far}/job").put(f"plan/{plan.name}", plan.read_bytes())
+    made(each_job(output={"store": far}), _Dies(NEVER))
+    assert quantfleet("resume", f"{far}/job", "--in-process").code == 0
+    for name in (MINE, OTHER):
+        facts = [json.loads(open_store(f"{at}/{name}").get("manifest.json")) for at in (far, store)]
+        files = [{k: v for k, v in f["files"].items() if k.startswith("model/")} for f in facts]
+        assert files[0] == files[1]
+
+
+def test_a_damaged_record_is_one_clear_error(each_job: EachJob, store: Path) -> None:
+    made(each_job())
+    for damaged in ("{", '{"spec": {}, "first": "../x"}', '{"first": "x"}'):
+        (store / "job" / "ledger" / "each-kind.json").write_text(damaged)
+        outcome = quantfleet("resume", store / "job")
+        assert (outcome.code, "is not a job record" in outcome.err) == (3, True), outcome
 
 
 def test_an_interruption_says_what_is_made_and_how_to_go_on(
@@ -174,13 +219,13 @@ def test_an_interruption_says_what_is_made_and_how_to_go_on(
 
 def test_a_plan_that_comes_later_is_one_artifact_more(each_job: EachJob, store: Path) -> None:
     """Its kind may be planned though others' artifacts were made; theirs may not."""
-    made(each_job(plan_of(GPU, H200)), _Dies("never"))
+    made(each_job(plan_of(GPU, H200)), _Dies(NEVER))
     assert quantfleet("status", store / "job").out == f"{OTHER}: finished, 3 of 3 blocks\n"
     kept = model_bytes(str(store / OTHER))
     check_to_plan(each_job(plan_of(CPU)))
     with pytest.raises(SpecError, match=f"{OTHER}: the job was begun, and follows the plan that"):
         check_to_plan(each_job(plan_of(CPU), workers={"kind": "mixed"}), look_at=mixed)
-    made(each_job(), _Dies("never"), _Dies("never"))
+    made(each_job(), _Dies(NEVER), _Dies(NEVER))
     assert (artifacts(store)[OTHER], (store / MINE / "manifest.json").exists()) == (kept, True)
     assert not (store / MINE / "ledger" / "calibration.jsonl").exists()
 
@@ -190,7 +235,7 @@ def test_with_statistics_that_are_there_or_without_texts_none_is_first(
 ) -> None:
     texts = {"text": str(text_file), "sequences": 8, "length": 32, "keep_statistics": True}
     kept = run_here(job_file("kept", calibration=texts)).store
-    made(each_job(calibration={"statistics": kept}), _Dies("never"), _Dies("never"))
+    made(each_job(calibration={"statistics": kept}), _Dies(NEVER), _Dies(NEVER))
     reports = [json.loads((store / n / "report/report.json").read_text()) for n in (MINE, OTHER)]
     assert [report["statistics"]["job"] for report in reports] == ["kept", "kept"]
     job = each_job(plan={"rounding": "rtn"}, name="plain", calibration=None)
@@ -240,6 +285,8 @@ def test_nothing_starts_where_one_of_the_plans_does_not_fit(
     ((field, said),) = faults_of(job)
     assert field == EACH
     assert said.startswith(f"the plan for {H200.label()}{message}"), said
+    if "candidates" not in message:  # for which it is to be planned anew
+        assert f"; or take {store}/job/plan/NVIDIA_H200.json away" in said
     assert quantfleet("run", job, "--in-process").code == 2
     assert [path.name for path in store.iterdir()] == ["job"]
     assert [path.name for path in (store / "job").iterdir()] == ["plan"]
@@ -276,7 +323,7 @@ def test_without_plans_or_beside_a_job_of_one_artifact_it_is_refused(
     each = {"method": "plan", "plan": {"each_kind": True}}
     told = refused(2, "run", job_file("none", quantization=each), "--in-process")
     assert "there is no plan in" in told
-    made(each_job(), _Dies("never"))
+    made(each_job(), _Dies(NEVER))
     assert "begun with plan.each_kind" in refused(2, "run", job_file("job"), "--in-process")
     run_here(job_file("one"))
     told = refused(2, "run", each_job(name="one"), "--in-process")
