@@ -147,11 +147,11 @@ def print_report(result: Any, log: Path) -> None:
 
 def print_artifacts(artifacts: list[dict[str, Any]], log: Path) -> None:
     """What a job with an artifact for each kind made: predictions are their plans'."""
-    table = Table("made for", "time (us)", "error", "bytes", "artifact", box=None, pad_edge=False)
+    table = Table("predicted", "time (us)", "error", "bytes", "artifact", box=None, pad_edge=False)
     for facts in artifacts:
         said = facts["predicted"]
         figures = (f"{said['time_us']:.6g}", f"{said['error']:.6g}", str(said["num_bytes"]))
-        table.add_row(escape(facts["hardware"]), *figures, f"{facts['bytes'] / 1e6:.1f} MB")
+        table.add_row(escape(facts["job"]), *figures, f"{facts['bytes'] / 1e6:.1f} MB")
     OUT.print(table)
     if any(facts["evaluation"] for facts in artifacts):
         print_metrics({facts["job"]: facts["evaluation"] for facts in artifacts})
@@ -159,6 +159,7 @@ def print_artifacts(artifacts: list[dict[str, Any]], log: Path) -> None:
         done = " (finished already)" if facts["already_finished"] else ""
         for line in (
             f"{facts['job']}{done}",
+            f"  made for  {facts['hardware']}",
             f"  {facts['inputs']}",
             f"  plan      {facts['plan']}",
             f"  fetch it  quantfleet fetch {facts['store']} ./out",

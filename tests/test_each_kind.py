@@ -119,6 +119,7 @@ def test_the_summary_names_each_artifact_its_plan_and_how_to_fetch_it(
     for name in (MINE, OTHER):
         assert f"quantfleet fetch {store / name} ./out" in outcome.out
         assert f"plan      {store / 'job' / 'plan' / name.removeprefix('job-')}.json" in outcome.out
+    assert f"made for  {H200.label()}" in outcome.out
     assert "no whole model was checked" in outcome.out
     assert f"2 of 2: {OTHER}" in outcome.err
 
