@@ -14,7 +14,7 @@ from orchestrator.loop import Summaries
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.choice import Choice, choose
 from quantcore.autoquant.costs import Spot
-from quantcore.autoquant.document import Check
+from quantcore.autoquant.document import CHOSEN, Check
 from quantcore.autoquant.options import Layer
 from quantcore.autoquant.program import keeps
 from quantcore.errors import QuantizationError
@@ -61,7 +61,7 @@ class Checker:
             (measured,) = self._measured([_schemes(choice)])
             predicted = choice.totals.error
             summed = _summed(choice, spots)
-            check = Check(plan="chosen", summed=summed, predicted=predicted, measured=measured)
+            check = Check(plan=CHOSEN, summed=summed, predicted=predicted, measured=measured)
             if limit is None or keeps(measured, limit):
                 return choice, check
             if predicted == 0:

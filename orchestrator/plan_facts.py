@@ -25,6 +25,7 @@ def shown(plan: Plan) -> Facts:
         "totals": asdict(choice.totals),
         "linears": dict(sorted(counts.items())),
         "uniforms": [asdict(uniform) for uniform in choice.uniforms],
+        "ends": [asdict(end) for end in plan.ends],
         "front": [asdict(point.totals) for point in plan.front],
     }
 

@@ -21,6 +21,11 @@ def print_plan_facts(facts: dict[str, Any]) -> None:
         fits = "" if uniform["fits"] else " (over the budget)"
         totals.add_row(escape(f"all {uniform['label']}{fits}"), *_figures(uniform["totals"]))
     _table(totals)
+    for end in facts["ends"]:
+        kept = "kept" if end["kept"] else "not kept"
+        interval = f"{end['low_us']:.6g} to {end['high_us']:.6g}"
+        measured = f"{end['measured_us']:.6g} us end to end ({interval})"
+        _line(f"{end['plan']}: {measured}, {kept}")
     for label, count in facts["linears"].items():
         _line(f"{count} linears {label}")
     front = Table("other budgets", *_FIGURES, box=None, pad_edge=False)

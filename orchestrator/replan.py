@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from quantcore.autoquant.choice import Budgets, Objective, choose
-from quantcore.autoquant.document import Plan
+from quantcore.autoquant.document import CHOSEN, Plan
 from quantcore.autoquant.front import front
 from quantcore.errors import SpecError
 
@@ -44,4 +44,10 @@ def chosen_again(plan: Plan, budgets: Budgets, objective: Objective | None = Non
     points = plan.front
     if budgets.num_bytes != plan.choice.budgets.num_bytes:
         points = front(plan.measured, budgets.num_bytes, plan.choice.correction)
-    return replace(plan, choice=choice, front=points)
+    again = replace(plan, choice=choice, front=points)
+    if again.labels() == plan.labels():
+        return again
+    # what was measured of the other choice says nothing of this one
+    checks = tuple(check for check in plan.checks if check.plan != CHOSEN)
+    ends = tuple(replace(end, kept=False) for end in plan.ends if not end.kept)
+    return replace(again, checks=checks, ends=ends)

@@ -12,7 +12,6 @@ from orchestrator.loop import Observer
 from orchestrator.plan_measuring import measured_plans
 from orchestrator.scheduler import Assignment
 from orchestrator.to_plan import ToPlan
-from quantcore.autoquant.asking import weight_bytes
 from quantcore.autoquant.costs import measured
 from quantcore.autoquant.document import Plan
 from quantcore.autoquant.measurements import Product
@@ -35,9 +34,6 @@ class MadeUp(Bench):
     def __init__(self, times: float) -> None:
         super().__init__("cpu")
         self._times = times
-
-    def num_bytes(self, candidate: Any, rows: int, columns: int, dtype: str) -> int:
-        return weight_bytes(candidate, rows, columns, dtype)
 
     def stopwatch(self, product: Product) -> Stopwatch:
         scheme = product.candidate.scheme

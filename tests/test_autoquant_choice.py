@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from quantcore.autoquant.candidates import candidate_of
 from quantcore.autoquant.choice import Budgets, Objective, choose
 from quantcore.autoquant.front import front, within
-from quantcore.autoquant.options import Layer, Option, Time
+from quantcore.autoquant.options import Layer, Option, Time, noise
 from quantcore.errors import SpecError
 from tests.benchmarks.plan_choice import model
 
@@ -478,3 +478,15 @@ def test_with_noise_a_uniform_plan_is_faster_by_what_no_measurement_tells_apart_
 
 def _with_noise(of: Option, noise: float) -> Option:
     return option(of.label, of.time.time_us, of.num_bytes, of.error, noise)
+
+
+def test_noise_is_told_where_most_candidates_tie_by_it() -> None:
+    def noisy(name: str, by: float) -> Layer:
+        labels = ("dense", "int8 sym channel plain", "int4 sym g64 plain")
+        return layer(name, *(option(of, 4 + at, 8, 0, by) for at, of in enumerate(labels)))
+
+    apart = layer("b", option("dense", 4, 8, 0, noise=3), option("int4 sym g64 plain", 40, 8, 0))
+    assert noise([noisy("a", 0.1), apart]) == []
+    (line,) = noise([noisy("a", 0.1), noisy("b", 1.0), noisy("c", 2.0)])
+    assert line.startswith("times are uncertain: most candidates tie for 2 of 3 layers, at worst")
+    assert "'c', whose fastest is known to 100% of its time" in line

@@ -11,8 +11,6 @@ from quantcore.autoquant.choice import Budgets, choose
 from quantcore.autoquant.document import (
     Check,
     Plan,
-    diff,
-    explain,
     file_name,
     parse,
     refuse_other_hardware,
@@ -21,6 +19,7 @@ from quantcore.autoquant.document import (
 from quantcore.autoquant.front import front, within
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Layer
+from quantcore.autoquant.telling import diff, explain
 from quantcore.errors import ResourceError, SpecError
 from tests.test_autoquant_choice import layer, option, problems
 

@@ -1,5 +1,6 @@
 """The integer program where its solver is not to be trusted, and where there is little to solve."""
 
+import ctypes
 from typing import Any
 
 import pytest
@@ -54,6 +55,24 @@ def test_a_solver_that_gives_no_answer_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(program, "linprog", lambda *_, **__: Nothing())
     with pytest.raises(QuantizationError, match="the solver gave no plan: numerical trouble"):
         Program(COSTS).least(["time"], {"error": 7.0})
+
+
+def test_what_the_solver_prints_by_itself_is_no_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    honest = program.milp
+
+    def talkative(*args: Any, **rest: Any) -> Any:
+        ctypes.CDLL(None).printf(b"HiGHS says this\n")
+        return honest(*args, **rest)
+
+    monkeypatch.setattr(program, "milp", talkative)
+    monkeypatch.setattr(program, "_no_dearer", _everything)
+    assert Program(COSTS).least(["time"], {"error": 7.0}) is not None
+    print("the result", flush=True)
+    told = capfd.readouterr()
+    assert told.out == "the result\n"
+    assert "HiGHS says this" in told.err
 
 
 def test_without_limits_each_layer_takes_its_least() -> None:

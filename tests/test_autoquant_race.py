@@ -7,7 +7,9 @@ from itertools import product
 
 import pytest
 import torch
+from quantkernels.weight_only import arrivals
 
+from quantcore.autoquant import stopwatches
 from quantcore.autoquant.candidates import DENSE, Candidate, candidate_of
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.race import Contender, Effort, Stopwatch, interval, race
@@ -207,3 +209,35 @@ def test_a_stopwatch_calls_copies_in_turn_that_no_cache_holds(
     assert len(times) == 3 and all(0 < us < 1e5 for us in times)
     assert len(set(seen)) == 11
     assert all(one == seen[at % 11] for at, one in enumerate(seen))
+
+
+def test_a_clock_takes_off_what_stands_between_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = Clock()
+
+    class Slow(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            now.now_s += 40e-6
+            return x
+
+    def between(_: object) -> None:
+        now.now_s += 25e-6
+
+    monkeypatch.setattr(stopwatches.Between, "forward", between)
+    monkeypatch.setattr(stopwatches.time, "perf_counter", now)
+    watch = stopwatches.Clock([Slow(4, 4), Slow(4, 4)], torch.ones(1, 4))
+    assert watch(3) == pytest.approx([40.0] * 3)
+    assert watch._calls == round(2e-3 / 65e-6)
+    monkeypatch.setattr(Slow, "forward", lambda _, x: x)
+    assert min(watch(3)) > 0, "a time is one, however much noise there is in it"
+
+
+def test_what_is_captured_in_a_race_leaves_others_counters_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine, device = torch.zeros(4), torch.device("cuda")
+    monkeypatch.setattr(arrivals, "_pools", {device: [mine]})
+    with pytest.raises(RuntimeError), arrivals.apart():
+        assert arrivals._pools == {}
+        arrivals._pools[device] = [torch.ones(4)]
+        raise RuntimeError
+    assert arrivals._pools[device][0] is mine and len(arrivals._pools) == 1

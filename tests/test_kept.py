@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def _part() -> dict[str, Any]:
     return {
         "sum": torch.randn(5, 7),
-        "rows": (torch.arange(4.0).bfloat16(), 3),
+        "rows": (torch.arange(4.0).half(), 3),
         "turned": torch.randn(6, 2).T,
         "codes": torch.arange(9, dtype=torch.int8),
         "nothing": torch.empty(0, 3),
@@ -40,6 +40,33 @@ def test_what_is_kept_is_what_was_given() -> None:
     kept.drop("a")
     kept.drop("a")
     assert kept.part("a", 0) is None
+
+
+def test_what_was_read_outlives_what_was_kept() -> None:
+    kept, part = Kept(CPU), _part()
+    kept.keep("a", (part,))
+    read = kept.part("a", 0)
+    kept.drop("a")
+    kept.keep("b", ({"other": torch.full((1000,), 7.0)},))
+    _assert_same(read, part)
+
+
+def test_what_finds_no_room_is_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, part = Kept(CPU), _part()
+    place, left = Arena.place, [3]
+
+    def no_room(arena: Arena, tensor: torch.Tensor) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError
+        return place(arena, tensor)
+
+    monkeypatch.setattr(Arena, "place", no_room)
+    assert kept.keep("a", (part,)) is None
+    assert kept._arena._free == [Region(0, 0, 2**28)], "what was placed first came free again"
+    _assert_same(kept.part("a", 0), part)
+    assert kept.packed("a", 0)["sum"].tolist() == part["sum"].tolist()
+    kept.drop("a")
 
 
 @settings(max_examples=60, deadline=None)

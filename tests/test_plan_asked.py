@@ -11,13 +11,11 @@ from orchestrator import plan_left
 from orchestrator.bag import Bag
 from orchestrator.checks import check
 from orchestrator.to_plan import check_to_plan
-from quantcore.autoquant.asking import weight_bytes
-from quantcore.autoquant.candidates import CLASSES, candidates_of, refused, schemes_of
+from quantcore.autoquant.candidates import CLASSES
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan, parse
 from quantcore.autoquant.options import PROFILES, Layer
 from quantcore.autoquant.race import Effort
-from quantcore.autoquant.timing import Bench
 from quantcore.errors import JobFaults, QuantfleetError
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
@@ -125,16 +123,6 @@ def test_a_plan_for_what_the_job_asks_no_more_is_refused(
     outcome = quantfleet("plan", job_to_plan(), "--budget", "error=0.001", "--output", output)
     assert outcome.code == 0, outcome
     assert parse(Path(output).read_text()).choice.totals.error <= 0.001
-
-
-def test_bytes_are_known_without_a_device() -> None:
-    bench = Bench("cpu")
-    for shape in ((192, 128), (96, 64)):
-        for dtype in ("float32", "bfloat16"):
-            for candidate in candidates_of(schemes_of(["all"])):
-                if refused(candidate, shape, dtype, "cpu") is None:
-                    found = weight_bytes(candidate, *shape, dtype)
-                    assert found == bench.num_bytes(candidate, *shape, dtype), candidate.label()
 
 
 def test_the_job_file_names_what_there_is() -> None:

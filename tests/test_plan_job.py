@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.load import read_document, resolve_paths, validate
 from orchestrator.checks import Prepared, check
+from orchestrator.fetch import fetch
 from orchestrator.ray_jobs import _packed
 from orchestrator.stored import job_status
+from quantcore.autoquant import relay
 from quantcore.autoquant.document import Plan, written
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.errors import JobFaults, SpecError
@@ -20,6 +23,7 @@ from tests.command import quantfleet
 from tests.conftest import BLOCKS, HIDDEN, INNER
 from tests.plans import H200, INT4, INT8, here, labels_of, plan_of
 from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
+from workers.loading import load
 from workers.machine import Machine, look
 from workers.store import open_store
 
@@ -67,6 +71,22 @@ def test_a_plan_gives_the_bytes_of_the_same_overrides_written_by_hand(
     assert planned.report["layers"] == hand.report["layers"]
     labels = {line["scheme"] for line in planned.report["layers"]}
     assert labels == {"int4 sym g32", "int8 sym channel"}
+
+
+def test_an_artifact_is_laid_as_its_plan_says_once_it_is_loaded(
+    plan_job: PlanJob, tmp_path: Path
+) -> None:
+    plan = plan_of(labels_of(BLOCKS, attention="int4 sym g32 int4_cpu"))
+    fetch(open_store(run_here(plan_job(plan)).store), tmp_path / "out")
+    model = load(tmp_path / "out", torch.bfloat16, inductor_settings=False)
+    q_proj = model.model.layers[0].self_attn.q_proj
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert q_proj.weight.layout_name == "plain"
+        relay(model, plan, other_hardware=True)
+        assert q_proj.weight.layout_name == "int4_cpu"
+        torch.testing.assert_close(model(ids).logits, plain, rtol=0.05, atol=0.05)
 
 
 def test_overrides_come_after_the_plan(plan_job: PlanJob, job_file: JobFile) -> None:

@@ -11,9 +11,6 @@ more is. Layers to choose from are then made of what is known.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
-from quantcore.affine import Qparams
 from quantcore.autoquant.candidates import (
     Candidate,
     candidates_of,
@@ -26,10 +23,7 @@ from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.options import Layer, Profile
 from quantcore.autoquant.race import Effort, Stopwatch
 from quantcore.autoquant.timing import Bench
-from quantcore.formats.base import QuantizedLinear
 from quantcore.schemes import Scheme
-from quantcore.tensors.layouts import Layout
-from quantcore.tensors.packing import PACKINGS, plain
 
 Features = tuple[int, int]  # outputs, inputs
 
@@ -44,29 +38,8 @@ class Asked(Bench):
     def __init__(self) -> None:
         super().__init__("meta")
 
-    def num_bytes(self, candidate: Candidate, rows: int, columns: int, dtype: str) -> int:
-        return weight_bytes(candidate, rows, columns, dtype)
-
     def stopwatch(self, product: Product) -> Stopwatch:
         raise NotTimedError
-
-
-def weight_bytes(candidate: Candidate, rows: int, columns: int, dtype: str) -> int:
-    """As `Bench.num_bytes` has it, from shapes alone."""
-    kind, scheme = getattr(torch, dtype), candidate.scheme
-    if scheme is None:
-        return rows * columns * int(kind.itemsize)
-    codes_OI = torch.empty(rows, columns, dtype=torch.int8, device="meta")
-    scale_OG = torch.empty(rows, scheme.groups_of(columns), device="meta")
-    whole = torch.float32 if scheme.zero_point == "float" else torch.int8
-    qparams = Qparams(scale_OG, torch.empty_like(scale_OG, dtype=whole))
-    static = 1.0 if scheme.static else None
-    weight = plain(QuantizedLinear(codes_OI, qparams, scheme, static, None, kind), kind)
-    if candidate.layout == Layout.PLAIN:
-        return weight.num_bytes()
-    packed = PACKINGS[candidate.layout].pack(weight).values()
-    kept = [t for name, t in weight.parts().items() if name.startswith("input_")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*packed, *kept))
 
 
 def legal(

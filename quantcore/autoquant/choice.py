@@ -121,7 +121,9 @@ class Problem:
             key = tuple((o.label, o.time, o.num_bytes, o.error) for o in of)
             self._alike.setdefault(key, []).append(layer)
 
-    def least(self, order: Sequence[str], limits: Mapping[str, float]) -> Picks | None:
+    def least(
+        self, order: Sequence[str], limits: Mapping[str, float], *, thorough: bool = True
+    ) -> Picks | None:
         """Which option each layer takes; None where nothing keeps the limits."""
         used = {name: self.costs[name] for name in (*order, *(n for n in limits if n not in order))}
         if tuple(used) not in self._kept:
@@ -136,7 +138,7 @@ class Problem:
                 for name, costs in used.items()
             }
         )
-        found = program.least(order, limits)
+        found = program.least(order, limits, thorough=thorough)
         if found is None:
             return None
         return self._in_order([options[at] for options, at in zip(kept, found, strict=True)])
@@ -195,15 +197,44 @@ def choose(
         better = problem.total(first, uniform) * (1 + TOLERANCE) < problem.total(first, picks)
         if better and problem.fits(uniform, limits):
             picks = uniform
+    return _choice(problem, picks, objective, budgets)
+
+
+def choose_as(
+    layers: Sequence[Layer],
+    objective: Objective,
+    budgets: Budgets,
+    labels: Mapping[str, str],
+    correction: float = 1.0,
+) -> Choice:
+    """What was chosen otherwise: by layer, the label of one of its options. Budgets are told."""
+    problem = Problem(layers, correction)
+    picks = tuple(
+        next(at for at, option in enumerate(of) if option.label == labels[layer.name])
+        for layer, of in zip(problem.layers, problem.options, strict=True)
+    )
+    return _choice(problem, picks, objective, budgets)
+
+
+def uniform_labels(layers: Sequence[Layer], label: str) -> dict[str, str]:
+    """By layer, what it takes in the uniform plan of this label."""
+    return {
+        layer.name: label if any(of.label == label for of in layer.options) else DENSE_LABEL
+        for layer in layers
+    }
+
+
+def _choice(problem: Problem, picks: Picks, objective: Objective, budgets: Budgets) -> Choice:
+    limits = budgets.limits()
     return Choice(
         objective=objective,
         budgets=budgets,
-        correction=correction,
+        correction=problem.correction,
         layers=_chosen(problem, picks, ORDERS[objective], limits),
         totals=problem.totals(picks),
         uniforms=tuple(
             Uniform(label=label, totals=problem.totals(of), fits=problem.fits(of, limits))
-            for label, of in uniforms.items()
+            for label, of in problem.uniforms().items()
         ),
     )
 

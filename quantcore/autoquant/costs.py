@@ -6,7 +6,7 @@ become; their errors add up. A scheme's errors are scaled once the whole model w
 costs no more in bytes or error. Its uniform plan is dense where it lost, or none if it lost all.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,6 +20,8 @@ from quantcore.autoquant.candidates import (
 )
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import Check
+from quantcore.autoquant.findings import Known
+from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.options import Layer, Option, Profile, profiled
 from quantcore.autoquant.race import Effort
@@ -51,12 +53,21 @@ def spots_of(
     schemes: Sequence[Scheme],
     recorder: Recorder,
     profile: Profile | None,
+    known: Known,
+    keys: Keys,
 ) -> list[Spot]:
     """In the order of the linears. Without a profile, each has what was recorded of it."""
     first = {names[0]: names for names in joined}
     others = {name for names in first.values() for name in names[1:]}
     return [
-        _spot({of: linears[of] for of in first.get(name, (name,))}, schemes, recorder, profile)
+        _spot(
+            {of: linears[of] for of in first.get(name, (name,))},
+            schemes,
+            recorder,
+            profile,
+            known,
+            keys,
+        )
         for name in linears
         if name not in others
     ]
@@ -67,6 +78,8 @@ def _spot(
     schemes: Sequence[Scheme],
     recorder: Recorder,
     profile: Profile | None,
+    known: Known,
+    keys: Keys,
 ) -> Spot:
     names = tuple(linears)
     weights = [linear.weight for linear in linears.values()]
@@ -83,8 +96,13 @@ def _spot(
     asked = list({of.scheme: None for of in legal if of.scheme is not None})
     errors = dict.fromkeys(asked, 0.0)
     for name, linear in linears.items():
-        for scheme, error in output_errors(name, linear.weight, recorder[name], asked).items():
-            errors[scheme] += error
+        findings = {scheme: keys.error(name, scheme) for scheme in asked}
+        missing = [scheme for scheme in asked if findings[scheme] not in known]
+        if missing:
+            found = output_errors(name, linear.weight, recorder[name], missing)
+            known.add({findings[scheme]: error for scheme, error in found.items()})
+        for scheme in asked:
+            errors[scheme] += known[findings[scheme]]
     owner = names[0].rpartition(".")[0]
     short = "+".join(name.rpartition(".")[2] for name in names)
     return Spot(
@@ -100,26 +118,35 @@ def _spot(
 
 
 def checked(
-    model: nn.Module, spots: Sequence[Spot], recorder: Recorder, held_out: HeldOut
+    model: nn.Module,
+    spots: Sequence[Spot],
+    recorder: Recorder,
+    held_out: Callable[[], HeldOut],
+    known: Known,
+    keys: Keys,
 ) -> tuple[dict[Scheme, float], list[Check]]:
     """For each scheme, what its errors are scaled by, from the whole model under it alone."""
     factors, checks = {}, []
     for scheme in {scheme: None for spot in spots for scheme in spot.errors}:
-        taking = {name for spot in spots if scheme in spot.errors for name in spot.linears}
-        with undone(model, taking):
-            quantize_(
-                model,
-                scheme,
-                lambda name, _, taking=taking: name in taking,  # type: ignore[misc]
-                recorder=recorder if scheme.static else None,
-                inductor_settings=False,
-            )
-            measured = held_out.divergence()
+        taking = [name for spot in spots if scheme in spot.errors for name in spot.linears]
+        finding = keys.of_scheme(scheme, taking)
+        if finding not in known:
+            compared = held_out()
+            with undone(model, taking):
+                quantize_(
+                    model,
+                    scheme,
+                    lambda name, _, taking=taking: name in taking,  # type: ignore[misc]
+                    recorder=recorder if scheme.static else None,
+                    inductor_settings=False,
+                )
+                known.add({finding: compared.divergence()})
+        moved = known[finding]
         summed = sum(spot.errors.get(scheme, 0.0) for spot in spots)
         if summed > 0:
-            factors[scheme] = measured / summed
+            factors[scheme] = moved / summed
         label = scheme.label()
-        checks.append(Check(plan=label, summed=summed, predicted=None, measured=measured))
+        checks.append(Check(plan=label, summed=summed, predicted=None, measured=moved))
     return factors, checks
 
 
@@ -136,22 +163,13 @@ def measured(
         calls = tuple(sorted(spot.profile.calls.items()))
         key = (spot.rows, spot.columns, spot.dtype, calls, spot.offered)
         alike.setdefault(key, []).append(spot)
+    contests = [_contest(these, factors, bench) for these in alike.values()]
+    wanted = [of for contest in contests for of in contest.products()]
+    bench.prepare([product for product in wanted if product not in known])
     new: dict[Product, Timing] = {}
     layers: dict[str, Layer] = {}
-    for these in alike.values():
+    for these, contest in zip(alike.values(), contests, strict=True):
         one = these[0]
-        shape = (one.rows, one.columns, one.dtype)
-        num_bytes = {of: bench.num_bytes(of, *shape) for of in one.offered}
-        contest = Contest(
-            rows=one.rows,
-            columns=one.columns,
-            dtype=one.dtype,
-            calls=one.profile.calls,
-            costs={
-                of: (num_bytes[of], *(_error(spot, of, factors) for spot in these))
-                for of in one.offered
-            },
-        )
         new |= timed(contest, {**known, **new}, bench, effort)
         times = {
             of: profiled({**known, **new}, contest.product(of, 1), one.profile)
@@ -165,14 +183,33 @@ def measured(
                     Option(
                         candidate=of,
                         time=time,
-                        num_bytes=num_bytes[of],
+                        num_bytes=round(contest.costs[of][0]),
                         error=_error(spot, of, factors),
                     )
                     for of, time in times.items()
                     if time is not None
                 ),
             )
+    bench.release()
     return [layers[spot.name] for spot in spots], new
+
+
+def _contest(these: Sequence[Spot], factors: Mapping[Scheme, float], bench: Bench) -> Contest:
+    """Of spots that are alike: a candidate costs its bytes, and an error in each of them."""
+    one = these[0]
+    return Contest(
+        rows=one.rows,
+        columns=one.columns,
+        dtype=one.dtype,
+        calls=one.profile.calls,
+        costs={
+            of: (
+                bench.num_bytes(of, one.rows, one.columns, one.dtype),
+                *(_error(spot, of, factors) for spot in these),
+            )
+            for of in one.offered
+        },
+    )
 
 
 def _error(spot: Spot, candidate: Candidate, factors: Mapping[Scheme, float]) -> float:

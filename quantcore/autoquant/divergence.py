@@ -66,10 +66,17 @@ def _parts(logits_TV: Tensor) -> Sequence[Tensor]:
 
 @contextmanager
 def undone(model: nn.Module, linears: Iterable[str]) -> Iterator[None]:
-    """Weights of these linears are as before, once it is left."""
-    before = {name: model.get_submodule(name).weight for name in linears}
+    """These linears and their weights are as before, once it is left."""
+    before = {name: model.get_submodule(name) for name in linears}
+    weights = {name: linear.weight for name, linear in before.items()}
     try:
         yield
     finally:
-        for name, weight in before.items():
-            model.get_submodule(name).weight = weight
+        for name, linear in before.items():
+            place(model, name, linear)
+            linear.weight = weights[name]
+
+
+def place(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

@@ -4,7 +4,8 @@
      "hardware": {...}, "profile": {...}, "objective": "time", "budgets": {...}, "correction": 1.0,
      "totals": {"time_us": ..., "num_bytes": ..., "error": ...},
      "layers": [one a line, by name], "uniforms": [one a line], "front": [one a line],
-     "checks": [one a line], "options": [one layer a line]}
+     "checks": [one a line], "ends": [one a line], "factors": {...},
+     "options": [one layer a line]}
 
 Labels stand in the front and in the options as numbers of "candidates"; in the front, one for each
 layer in the order of "layers". Options are what each layer could take, [number, time_us, low_us,
@@ -34,6 +35,7 @@ from quantcore.autoquant.options import Layer, Option, Profile, Time
 from quantcore.errors import ResourceError, SpecError
 
 VERSION = 1
+CHOSEN = "chosen"  # the plan itself, among what was checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +45,22 @@ class Check:
     Errors of a scheme were scaled by the check of that scheme alone: its own is no prediction.
     """
 
-    plan: str  # "chosen", or the scheme that all linears had
+    plan: str  # CHOSEN, or the scheme that all linears had
     summed: float  # their errors, before anything scaled them
     predicted: float | None
     measured: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What the whole model took end to end under a plan, once for all calls of the profile."""
+
+    plan: str  # a uniform plan's label, "dense", or how it was chosen
+    predicted_us: float | None  # from its linears and the dense model's rest
+    measured_us: float
+    low_us: float
+    high_us: float
+    kept: bool = False  # this is the plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +70,9 @@ class Plan:
     choice: Choice
     front: tuple[Point, ...]
     checks: tuple[Check, ...] = ()  # none: errors add up in a unit of their own
+    ends: tuple[End, ...] = ()  # none: times are those of linears alone
+    # by kernel: what its times were scaled by, from the ends; options and totals are scaled
+    factors: Mapping[str, float] = field(default_factory=dict)
     measured: tuple[Layer, ...] = ()  # by name: what was chosen from
     shapes: Mapping[str, tuple[int, int]] = field(
         default_factory=dict
@@ -90,6 +107,7 @@ def written(plan: Plan) -> str:
         "budgets": asdict(choice.budgets),
         "correction": choice.correction,
         "totals": asdict(choice.totals),
+        "factors": dict(plan.factors),
         "candidates": candidates,
     }
     lists = {
@@ -100,6 +118,7 @@ def written(plan: Plan) -> str:
             for point in plan.front
         ],
         "checks": [asdict(check) for check in plan.checks],
+        "ends": [asdict(end) for end in plan.ends],
         "options": [_options(layer, number) for layer in plan.measured],
     }
     rows = [f"{json.dumps(name)}: {_dumped(value)}" for name, value in facts.items()]
@@ -140,69 +159,6 @@ def refuse_other_hardware(plan: Plan, kind: HardwareKind, allowed: bool = False)
         f"plan: made for {plan.hardware.label()}, and this is {kind.label()}: plan anew here, or "
         "allow a plan of other hardware"
     )
-
-
-def diff(one: Plan, other: Plan) -> list[str]:
-    """What differs, from one to the other, in plain lines; none where both say the same."""
-    lines = []
-    if one.hardware != other.hardware:
-        lines.append(f"hardware: {one.hardware.label()} -> {other.hardware.label()}")
-    if one.profile != other.profile:
-        lines.append(f"profile: {_profile(one.profile)} -> {_profile(other.profile)}")
-    if one.choice.totals != other.choice.totals:
-        lines.append(f"in total: {_totals(one.choice.totals)} -> {_totals(other.choice.totals)}")
-    mine, theirs = one.labels(), other.labels()
-    tied = {linear: layer.ties for layer in one.choice.layers for linear in layer.linears}
-    for linear in sorted(mine.keys() | theirs.keys()):
-        before, after = mine.get(linear, "nothing"), theirs.get(linear, "nothing")
-        if before != after:
-            tie = ", a tie" if after in tied.get(linear, ()) else ""
-            lines.append(f"{linear}: {before} -> {after}{tie}")
-    return lines
-
-
-def explain(plan: Plan, layer: str) -> list[str]:
-    """Why a layer, by its name or a linear's, takes what it takes. Else raises SpecError."""
-    for chosen in plan.choice.layers:
-        if layer == chosen.layer or layer in chosen.linears:
-            return _explained(plan, chosen)
-    raise SpecError(
-        f"layer: the plan has no '{layer}': write one of its {len(plan.choice.layers)} layers, "
-        f"as '{plan.choice.layers[0].layer}'"
-    )
-
-
-def _explained(plan: Plan, chosen: Chosen) -> list[str]:
-    option, totals, second = chosen.option, plan.choice.totals, chosen.runner_up
-    share = option.time.time_us / totals.time_us if totals.time_us else 0.0
-    lines = [
-        f"{chosen.layer}: {option.label}",
-        f"time: {option.time.time_us:.6g} us ({option.time.low_us:.6g} to "
-        f"{option.time.high_us:.6g}) on {_profile(plan.profile)}, {share:.1%} of all",
-        f"bytes: {option.num_bytes}",
-        f"error: {plan.choice.correction * option.error:.6g} of {totals.error:.6g}",
-    ]
-    if len(chosen.linears) > 1:
-        lines.insert(1, f"one choice for {', '.join(chosen.linears)}")
-    if second is None:
-        lines.append("runner-up: none, nothing else keeps the budgets")
-    else:
-        lines.append(
-            f"runner-up: {second.label}, by {second.more_us:+.6g} us, "
-            f"{second.more_bytes:+d} bytes, {second.more_error:+.6g} error"
-        )
-    if chosen.ties:
-        lines.append(f"ties within the measurements' noise: {', '.join(chosen.ties)}")
-    return lines
-
-
-def _profile(profile: Profile) -> str:
-    calls = " + ".join(f"{profile.calls[t]:g} x {t} tokens" for t in sorted(profile.calls))
-    return f"{profile.name} ({calls})"
-
-
-def _totals(totals: Totals) -> str:
-    return f"{totals.time_us:.6g} us, {totals.num_bytes} bytes, error {totals.error:.6g}"
 
 
 def _dumped(value: Any) -> str:
@@ -257,6 +213,10 @@ def _plan(document: Mapping[str, Any]) -> Plan:
         ),
         front=tuple(_point(entry, candidates) for entry in document["front"]),
         checks=tuple(_read_check(entry) for entry in document.get("checks", ())),
+        ends=tuple(_read_end(entry) for entry in document.get("ends", ())),
+        factors={
+            _text(kernel): _number(factor) for kernel, factor in document.get("factors", {}).items()
+        },
         measured=_measured(document["options"], layers, candidates),
         shapes={
             linear: _shape(shape)
@@ -298,6 +258,18 @@ def _read_check(entry: Mapping[str, Any]) -> Check:
         summed=_number(entry["summed"]),
         predicted=None if predicted is None else _number(predicted),
         measured=_number(entry["measured"]),
+    )
+
+
+def _read_end(entry: Mapping[str, Any]) -> End:
+    predicted = entry["predicted_us"]
+    return End(
+        plan=_text(entry["plan"]),
+        predicted_us=None if predicted is None else _number(predicted),
+        measured_us=_number(entry["measured_us"]),
+        low_us=_number(entry["low_us"]),
+        high_us=_number(entry["high_us"]),
+        kept=bool(entry["kept"]),
     )
 
 

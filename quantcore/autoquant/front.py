@@ -2,9 +2,13 @@
 
 By the epsilon-constraint method (Haimes, Lasdon and Wismer 1971): from the plan of least error on,
 each next one is that of least error among those faster than the last by one step at least, and of
-its equals in error the fastest, so each is exact. A plan that is not on the front is no more than
-one step faster than a plan of the front with no more error than its own. A step is a fraction of
-the time between the two ends.
+its equals in error the fastest. A plan that is not on the front is no more than one step faster
+than a plan of the front with no more error than its own. A step is a fraction of the time between
+the two ends.
+
+A front is to be looked at: where the solver would take long for a point, the relaxation's rounding,
+improved by exchanges, stands for it (up to 4 per cent more error were seen). A budget is chosen for
+anew (choice.py), exactly.
 """
 
 from collections.abc import Sequence
@@ -42,7 +46,8 @@ def front(
     while found is not None and not keeps(problem.total(COMPARED, found), end):
         points.append(found)
         limit = problem.total(COMPARED, found) - step
-        found = problem.least(ORDERS["error"], {**budget, COMPARED: max(limit, end)})
+        limits = {**budget, COMPARED: max(limit, end)}
+        found = problem.least(ORDERS["error"], limits, thorough=False)
     return tuple(_point(problem, picks) for picks in (*points, last))
 
 

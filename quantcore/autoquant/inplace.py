@@ -10,48 +10,54 @@
         model(ids)
     auto.finalize()
 
-    restore(model, plan)        # the same choices, and nothing timed
+    restore(model, plan)        # the same choices, and nothing timed (swapping.py)
 
 Schemes are rounded plainly. Without a budget of error the fastest is taken, whatever it loses; the
 class "default" loses little. With held-out inputs errors are in nats a token (divergence.py), and a
 plan whose measured divergence exceeds its budget is chosen again, with errors corrected by how far.
+Told how the model runs, it times a few plans end to end and keeps the fastest (finalists.py).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from quantcore.autoquant.candidates import DENSE, Candidate, candidate_of, schemes_of
-from quantcore.autoquant.choice import Budgets, Choice, Objective, choose
+from quantcore.autoquant.candidates import schemes_of
+from quantcore.autoquant.choice import Budgets, Choice, Objective
+from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.costs import Spot, checked, measured, refuse_apart, spots_of
 from quantcore.autoquant.divergence import HeldOut, undone
-from quantcore.autoquant.document import Check, Plan, refuse_other_hardware
+from quantcore.autoquant.document import CHOSEN, Check, Plan
+from quantcore.autoquant.finalists import Prepare, Stage
+from quantcore.autoquant.findings import Findings, Known
 from quantcore.autoquant.front import front
 from quantcore.autoquant.hardware import hardware_here
+from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import HardwareKind, Measurements, merged
-from quantcore.autoquant.options import Layer, Profile
-from quantcore.autoquant.program import keeps
+from quantcore.autoquant.options import Profile, noise
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.swapping import join, swap
 from quantcore.autoquant.timing import Bench
 from quantcore.errors import QuantizationError
 from quantcore.inductor import recommended_inductor_settings
-from quantcore.joining import TOGETHER, join_linears, joinable
-from quantcore.quantize import Filter, linears_of, quantize_
+from quantcore.joining import TOGETHER, joinable
+from quantcore.quantize import Filter, linears_of
 from quantcore.recorder import Recorder
 from quantcore.schemes import Scheme
 
 _ROWS_OF_A_CALL, _MOST_ROWS = 128, 512  # tokens that errors are measured on
-_MOST_CHOICES = 8
+RECORDED: Literal["recorded"] = "recorded"
 
 
 class Autoquant:
     """A model that is recorded until it is finalized."""
 
     plan: Plan | None = None
-    ignored: tuple[str, ...] = ()  # measurements that could not be used, and why
+    ignored: tuple[str, ...] = ()  # measurements and findings that could not be used, and why
+    warnings: tuple[str, ...] = ()  # where noise has decided more than it should
 
     def __init__(  # noqa: PLR0913 - see autoquant
         self,
@@ -66,15 +72,18 @@ class Autoquant:
         calls: int | None,
         join: bool,
         measurements: Measurements,
+        findings: Findings,
         hardware: HardwareKind,
         bench: Bench,
         effort: Effort,
+        run: Prepare | Literal["recorded"] | None,
     ) -> None:
         self._model, self._schemes, self._linears = model, schemes, linears
         self._objective, self._budgets, self._profile = objective, budgets, profile
         self._held_out, self._calls = held_out, calls
-        self.measurements, self._hardware = measurements, hardware
-        self._bench, self._effort = bench, effort
+        self.measurements, self._known = measurements, Known(findings)
+        self._hardware, self._bench, self._effort = hardware, bench, effort
+        self._run, self._recorded = run, _Recorded()
         self._joined = [
             names
             for names in joinable(model, TOGETHER if join else ())
@@ -89,9 +98,15 @@ class Autoquant:
             share=join,
         )
         self._recorder.__enter__()
-        self._hook: Any = model.register_forward_hook(self._called)
+        self._hook: Any = model.register_forward_hook(self._called, with_kwargs=True)
 
-    def _called(self, *_: Any) -> None:
+    @property
+    def findings(self) -> Findings:
+        return self._known.all()
+
+    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        if self._run == RECORDED:
+            self._recorded.add(args, kwargs)
         if self._calls is not None:
             self._calls -= 1
             if self._calls == 0:
@@ -100,7 +115,7 @@ class Autoquant:
     def finalize(self) -> Plan:
         """Measure, choose and swap. Where it raises, the model is as it was, and recorded no more.
 
-        What was measured is in `measurements`.
+        What was measured is in `measurements` and `findings`.
         """
         if self.plan is not None:
             return self.plan
@@ -112,9 +127,9 @@ class Autoquant:
         self._refuse_uncalled()
         with torch.no_grad():
             self.plan = self._made()
-            _swap(self._model, self.plan, self._recorder)
+            swap(self._model, self.plan.labels(), self._recorder)
         for names in self._joined:
-            _join(self._model, names)
+            join(self._model, names)
         recommended_inductor_settings()
         return self.plan
 
@@ -128,61 +143,78 @@ class Autoquant:
         refuse_apart(self._joined, self._recorder)
 
     def _made(self) -> Plan:
-        recorder, model = self._recorder, self._model
-        spots = spots_of(self._linears, self._joined, self._schemes, recorder, self._profile)
-        held_out = HeldOut(model, self._held_out) if self._held_out else None
+        recorder, model, known = self._recorder, self._model, self._known
+        keys = Keys(model, self._linears, recorder, self._held_out)
+        spots = spots_of(
+            self._linears, self._joined, self._schemes, recorder, self._profile, known, keys
+        )
+        held_out = cache(lambda: HeldOut(model, self._held_out))  # while the model is dense
         factors: dict[Scheme, float] = {}
         checks: list[Check] = []
-        if held_out is not None:
-            factors, checks = checked(model, spots, recorder, held_out)
-        known, ignored = self.measurements.of_kind(self._hardware)
-        self.ignored = tuple(ignored)
-        layers, new = measured(spots, factors, known, self._bench, self._effort)
+        if self._held_out:
+            factors, checks = checked(model, spots, recorder, held_out, known, keys)
+        timings, ignored = self.measurements.of_kind(self._hardware)
+        self.ignored = (*ignored, *self.findings.ignored)
+        layers, new = measured(spots, factors, timings, self._bench, self._effort)
         self.measurements = merged([self.measurements, Measurements(of={self._hardware: new})])
-        plan = Plan(
+
+        def confirm(choice: Choice) -> Check:
+            return self._check(choice, spots, held_out, known, keys)
+
+        outcome = Chooser(
+            objective=self._objective,
+            budgets=self._budgets,
+            confirm=confirm if self._held_out else None,
+            stage=self._stage(spots),
+        ).chosen(layers)
+        self.warnings = tuple(noise(layers))
+        ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
+        return Plan(
             hardware=self._hardware,
             profile=spots[0].profile,
-            choice=choose(layers, self._objective, self._budgets),
-            front=(),
+            choice=outcome.choice,
+            front=front(ordered, self._budgets.num_bytes, outcome.choice.correction),
+            checks=(*checks, *([outcome.check] if outcome.check else [])),
+            ends=outcome.ends,
+            factors=outcome.factors,
+            measured=ordered,
+            shapes={
+                name: (linear.out_features, linear.in_features)
+                for name, linear in self._linears.items()
+            },
         )
-        if held_out is not None:
-            plan, check = self._confirmed(plan, layers, spots, held_out)
-            checks.append(check)
-        correction = plan.choice.correction
-        points = front(layers, self._budgets.num_bytes, correction)
-        shapes = {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in self._linears.items()
-        }
-        ordered = tuple(sorted(layers, key=lambda layer: layer.name))
-        return replace(plan, front=points, checks=tuple(checks), measured=ordered, shapes=shapes)
 
-    def _confirmed(
-        self, plan: Plan, layers: Sequence[Layer], spots: Sequence[Spot], held_out: HeldOut
-    ) -> tuple[Plan, Check]:
-        """The plan, or another one, that keeps its budget of error when it is measured."""
-        for _ in range(_MOST_CHOICES):
+    def _stage(self, spots: Sequence[Spot]) -> Stage | None:
+        if self._run is None:
+            return None
+        return Stage(
+            model=self._model,
+            layers={spot.name: spot.linears for spot in spots},
+            joined=self._joined,
+            recorder=self._recorder,
+            prepare=self._recorded.again if self._run == RECORDED else self._run,
+        )
+
+    def _check(
+        self,
+        choice: Choice,
+        spots: Sequence[Spot],
+        held_out: Callable[[], HeldOut],
+        known: Known,
+        keys: Keys,
+    ) -> Check:
+        labels = {name: layer.option.label for layer in choice.layers for name in layer.linears}
+        finding = keys.of_plan(labels)
+        if finding not in known:
+            compared = held_out()
             with undone(self._model, self._linears):
-                _swap(self._model, plan, self._recorder)
-                divergence = held_out.divergence()
-            choice = plan.choice
-            check = Check(
-                plan="chosen",
-                summed=_summed(choice, spots),
-                predicted=choice.totals.error,
-                measured=divergence,
-            )
-            limit = self._budgets.error
-            if limit is None or keeps(divergence, limit):
-                return plan, check
-            if choice.totals.error == 0:
-                break
-            correction = choice.correction * max(1.01, divergence / choice.totals.error)
-            again = choose(layers, self._objective, self._budgets, correction)
-            plan = replace(plan, choice=again)
-        raise QuantizationError(
-            f"budget of error: {limit}: the last of {_MOST_CHOICES} plans that should keep it was "
-            f"measured to move the model by {divergence:.4g}: write more"
+                swap(self._model, labels, self._recorder)
+                known.add({finding: compared.divergence()})
+        return Check(
+            plan=CHOSEN,
+            summed=_summed(choice, spots),
+            predicted=choice.totals.error,
+            measured=known[finding],
         )
 
 
@@ -197,7 +229,9 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
     held_out: Sequence[Any] = (),
     calls: int | None = 1,
     join: bool = False,
+    run: Prepare | Literal["recorded"] | None = None,
     measurements: Measurements | None = None,
+    findings: Findings | None = None,
     hardware: HardwareKind | None = None,
     bench: Bench | None = None,
     effort: Effort = Effort(),  # noqa: B008
@@ -210,14 +244,20 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
     recorded, or of a `profile`. `join`: linears of one input, as q, k and v, take one choice and
     become one (joining.py), for serving.
 
-    `measurements` are not timed again; the handle's has the new ones too. Raises SpecError for
-    budgets that cannot be kept, with what can, and QuantizationError.
+    `run` is handed the model as each of a few plans leaves it, and gives what then is timed end to
+    end, once for all calls of the profile: a step from a static cache, a CUDA graph's replay. With
+    "recorded" it is the recorded calls again. The fastest is kept.
+
+    What `measurements` and `findings` have is not measured again; the handle's have the new ones
+    too. Raises SpecError for budgets that cannot be kept, with what can, and QuantizationError.
     """
     candidates = list(candidates)
     names = [of for of in candidates if isinstance(of, str)]
     schemes = schemes_of(names) + [of for of in candidates if isinstance(of, Scheme)]
     if not schemes:
         raise QuantizationError("candidates: none: write 'default'")
+    if run is not None and objective != "time":
+        raise QuantizationError("run: plans are told apart by time: write objective='time'")
     if calls is not None and calls < 1:
         raise QuantizationError(f"calls: {calls}: write 1 or more, or None and call finalize()")
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -243,68 +283,30 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
         calls=calls,
         join=join,
         measurements=measurements or Measurements(of={}),
+        findings=findings or Findings(),
         hardware=hardware or hardware_here(device),
         bench=bench or Bench(device),
         effort=effort,
+        run=run,
     )
 
 
-def restore(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    recorder: Recorder | None = None,
-    join: bool = False,
-    hardware: HardwareKind | None = None,
-    other_hardware: bool = False,
-) -> None:
-    """Make of a dense model what a plan says, with nothing recorded or timed.
+class _Recorded:
+    """Calls that were recorded, and may be made again."""
 
-    Raises ResourceError for a plan of another kind of hardware, unless `other_hardware` allows it,
-    and QuantizationError where the model is not the plan's; static schemes need a recorder.
-    """
-    linears = dict(model.named_modules())
-    for name in plan.labels():
-        if not isinstance(linears.get(name), nn.Linear):
-            raise QuantizationError(f"plan: the model has no linear '{name}': plan it anew")
-    device = linears[next(iter(plan.labels()))].weight.device.type
-    refuse_other_hardware(plan, hardware or hardware_here(device), other_hardware)
-    _swap(model, plan, recorder)
-    if join:
-        for layer in plan.choice.layers:
-            if len(layer.linears) > 1:
-                _join(model, layer.linears)
-    recommended_inductor_settings()
+    def __init__(self) -> None:
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._calls.append((args, kwargs))
 
-def _swap(model: nn.Module, plan: Plan, recorder: Recorder | None) -> None:
-    """All or nothing: a candidate that fails leaves the model dense."""
-    taking: dict[Candidate, set[str]] = {}
-    for name, label in plan.labels().items():
-        taking.setdefault(candidate_of(label), set()).add(name)
-    taking.pop(DENSE, None)
-    linears = {name: model.get_submodule(name) for names in taking.values() for name in names}
-    before = {name: linear.weight for name, linear in linears.items()}
-    try:
-        for candidate, names in taking.items():
-            assert candidate.scheme is not None
-            quantize_(
-                model,
-                candidate.scheme,
-                lambda name, _, names=names: name in names,  # type: ignore[misc]
-                layout=candidate.layout,
-                recorder=recorder if candidate.scheme.static else None,
-                inductor_settings=False,
+    def again(self, model: nn.Module) -> Callable[[], object]:
+        if any(kwargs.get("past_key_values") is not None for _, kwargs in self._calls):
+            raise QuantizationError(
+                "run: a call was recorded that had a cache, which grows when it is made again: "
+                "write a function of the model that gives what to time"
             )
-    except BaseException:
-        for name, weight in before.items():
-            linears[name].weight = weight
-        raise
-
-
-def _join(model: nn.Module, names: Sequence[str]) -> None:
-    owner = model.get_submodule(names[0].rpartition(".")[0])
-    join_linears(owner, [[name.rpartition(".")[2] for name in names]])
+        return lambda: [model(*args, **kwargs) for args, kwargs in self._calls]
 
 
 def _summed(choice: Choice, spots: Sequence[Spot]) -> float:

@@ -26,6 +26,8 @@ from quantcore.autoquant.candidates import Candidate
 from quantcore.autoquant.measurements import Product, Timings
 from quantcore.errors import SpecError
 
+_WIDE = 0.1  # of an interval, as a share of its time
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
@@ -164,6 +166,26 @@ def may_tie(one: Time, other: Time) -> bool:
     fast, slow = sorted((one, other), key=lambda time: time.time_us)
     allowed_us = (fast.high_us - fast.time_us) + (slow.time_us - slow.low_us)
     return slow.time_us - fast.time_us <= 2 * allowed_us
+
+
+def noise(layers: Iterable[Layer]) -> list[str]:
+    """A line where measurements were too wide to choose by: most of what there was has tied."""
+    layers = list(layers)
+    wide: list[tuple[float, Layer]] = []
+    for layer in layers:
+        times = compared_us(layer.options)
+        fastest = min(layer.options, key=lambda option: option.time.time_us)
+        spread = (fastest.time.high_us - fastest.time.low_us) / (fastest.time.time_us or 1.0)
+        if spread > _WIDE and 2 * times.count(min(times)) > len(times) > 1:
+            wide.append((spread, layer))
+    if not wide:
+        return []
+    spread, layer = max(wide, key=lambda one: one[0])
+    return [
+        f"times are uncertain: most candidates tie for {len(wide)} of {len(layers)} layers, at "
+        f"worst for '{layer.name}', whose fastest is known to {spread:.0%} of its time: measure "
+        "again where nothing else runs"
+    ]
 
 
 def _sum(options: Iterable[Option]) -> Option:

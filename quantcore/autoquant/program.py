@@ -11,6 +11,9 @@ so once some plan is known, an option that lifts this bound past that plan's cos
 one. That leaves a few options of a few layers (Pisinger 1995, A minimal algorithm for the
 multiple-choice knapsack problem, has the idea of such a core).
 
+HiGHS prints a line of its own where an answer is not whole at first, whatever it is told: that goes
+to standard error.
+
 A solver answers within tolerances, so sums are scaled to what is left of them once each layer takes
 its least, and its answer is added up anew: one past a limit is ruled out, and the solver asked
 again. A sum keeps a limit when it is over it by no more than a part in 1e9, which is what adding in
@@ -19,9 +22,13 @@ another order may change.
 Shape suffixes: V = pairs of a layer and an option, R = limits.
 """
 
+import ctypes
 import itertools
 import math
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +43,9 @@ TOLERANCE = 1e-9
 _SCALE = 1e4  # what is left of a sum, in the solver's numbers: its tolerances are near 1e-6
 _MOST_ROUNDINGS = 4096
 _MOST_SWAPS, _MOST_SWAPPED = 64, 512
+_QUICKLY_SOLVED = 48  # options of layers that have more than one left: the solver takes 10 ms
+
+_PRINTING = threading.Lock()
 
 Floats = NDArray[np.float64]
 Costs = Mapping[str, Sequence[Sequence[float]]]  # by name of the sum: by layer, by option
@@ -66,14 +76,23 @@ class Program:
     def total(self, name: str, picks: Sequence[int]) -> float:
         return math.fsum(of[at] for of, at in zip(self._costs[name], picks, strict=True))
 
-    def least(self, order: Sequence[str], limits: Mapping[str, float]) -> Picks | None:
-        """Least in the first sum; of those that are, in the second, and so on. None: none fits."""
+    def least(
+        self, order: Sequence[str], limits: Mapping[str, float], *, thorough: bool = True
+    ) -> Picks | None:
+        """Least in the first sum; of those that are, in the second, and so on. None: none fits.
+
+        If it is not to be thorough, large programs are left as exchanges have improved them.
+        """
         limits = dict(limits)
         kept = [list(range(len(of))) for of in next(iter(self._costs.values()))]
         picks: Picks | None = None
         for name in order:
             possible = self._possible(limits, kept)
-            found = None if possible is None else self._least(name, limits, possible, picks)
+            found = (
+                None
+                if possible is None
+                else self._least(name, limits, possible, picks, thorough=thorough)
+            )
             if found is None:
                 assert picks is None, "the last answer keeps the limit that it set"
                 return None
@@ -82,7 +101,13 @@ class Program:
         return picks
 
     def _least(
-        self, name: str, limits: Mapping[str, float], kept: Kept, known: Picks | None
+        self,
+        name: str,
+        limits: Mapping[str, float],
+        kept: Kept,
+        known: Picks | None,
+        *,
+        thorough: bool,
     ) -> tuple[Picks, Kept] | None:
         """The least, and what any plan as good may pick."""
         scaled = self._scaled(name, limits, kept)
@@ -97,7 +122,8 @@ class Program:
             swapped = _swapped(scaled, multiplier_R, picks)
             picks = swapped if self._fits(swapped, limits) else picks
             core = _no_dearer(scaled, multiplier_R, picks)
-            picks = self._solve(self._scaled(name, limits, core), limits) or picks
+            if thorough or sum(len(of) for of in core if len(of) > 1) <= _QUICKLY_SOLVED:
+                picks = self._solve(self._scaled(name, limits, core), limits) or picks
         else:
             picks = self._solve(scaled, limits)
         return None if picks is None else (picks, _no_dearer(scaled, multiplier_R, picks))
@@ -114,13 +140,14 @@ class Program:
             LinearConstraint(row_V[free_V], -np.inf, _SCALE) for row_V in scaled.limit_RV
         ]
         while True:
-            result = milp(
-                scaled.value_V[free_V],
-                integrality=np.ones(free_V.sum()),
-                bounds=Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": 0.0},
-            )
+            with _printing_apart():
+                result = milp(
+                    scaled.value_V[free_V],
+                    integrality=np.ones(free_V.sum()),
+                    bounds=Bounds(0, 1),
+                    constraints=constraints,
+                    options={"mip_rel_gap": 0.0},
+                )
             if not _has_answer(result):
                 return None
             x_V[free_V] = result.x
@@ -177,6 +204,30 @@ class Program:
         return np.array(
             [of[at] - _least_of(of, options) for of, options in of_layers for at in options]
         )
+
+
+@contextmanager
+def _printing_apart() -> Iterator[None]:
+    """What C code writes to standard output goes to standard error: it is part of no result.
+
+    That is the whole process's, for as long as a solver runs; two threads take turns.
+    """
+    with _PRINTING:
+        flush = ctypes.CDLL(None).fflush  # C keeps lines back where they go to a pipe or a file
+        flush(None)
+        try:
+            kept = os.dup(1)
+        except OSError:  # nothing is open there
+            yield
+            return
+        try:
+            with suppress(OSError):
+                os.dup2(2, 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _least_of(costs: Sequence[float], options: Sequence[int]) -> float:

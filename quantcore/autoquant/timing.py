@@ -1,35 +1,34 @@
 """What a linear of a candidate takes on this device, its weight coming from memory.
 
 Copies of a linear take turns, as a model's layers do: by the time the first comes again no cache
-has it (of 128 MiB; a CPU with a larger last level is told by `rotated_bytes`). On CUDA the calls
-are captured into a graph, and a time is a replay's over its calls, as a search for launches has it
-(quantkernels/tune/timing.py). Elsewhere it is by the clock, that of the calls which fill a slice of
-two milliseconds: with all that torch and Python add to a call, as an eager model has it too.
+has it (of 128 MiB; a CPU with a larger last level is told by `rotated_bytes`). How a turn is timed
+is in stopwatches.py. On CUDA all kernels that a race needs are compiled before it, in processes of
+their own (ahead.py).
 
 Values of weights and inputs are random: they change no time.
 """
 
 import copy
-import itertools
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from quantkernels.weight_only.arrivals import forget
+from quantkernels.weight_only.arrivals import apart
 from torch import Tensor, nn
 
+from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.candidates import Candidate
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.race import Contender, Effort, Stopwatch, race
+from quantcore.autoquant.shapes import num_bytes, weight_of
+from quantcore.autoquant.stopwatches import Clock, Replay
 from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
-from quantcore.tensors import QuantizedTensor
 
 ROTATED_BYTES = 128 << 20
 _MOST_COPIES = 1024  # a smaller weight is no layer's
-_SLICE_S = 2e-3  # a clock's own time does not show in as much
-_REPLAY_US = 250.0  # nor does a graph's beginning and end
+_ALONE = 4  # times as much as is rotated: what is as large leaves nothing of itself behind
 _STATIC_ROWS = 16  # of inputs, for static schemes to have a scale
 
 
@@ -47,6 +46,9 @@ class Contest:
         shape = {"rows": self.rows, "columns": self.columns, "dtype": self.dtype}
         return Product(candidate=candidate, tokens=tokens, **shape)  # type: ignore[arg-type]
 
+    def products(self) -> list[Product]:
+        return [self.product(of, tokens) for of in self.costs for tokens in self.calls]
+
 
 class Bench:
     """A device that times. It keeps linears, and copies of them, of one shape at a time."""
@@ -56,23 +58,37 @@ class Bench:
         self._rotated_bytes = rotated_bytes
         self._shape: tuple[int, int, str] | None = None
         self._copies: dict[Candidate, list[nn.Linear]] = {}
+        self._pool: Any = None  # of the graphs of one shape
 
     def num_bytes(self, candidate: Candidate, rows: int, columns: int, dtype: str) -> int:
         """Of the weight, as it lies in memory."""
-        return _num_bytes(self._made(candidate, rows, columns, dtype)[0])
+        return num_bytes(weight_of(candidate, rows, columns, dtype))
+
+    def prepare(self, products: Iterable[Product]) -> None:
+        """Compile at once what stopwatches of all these will need, if that is worth anything."""
+        if self.device == "cuda":
+            compile_ahead(products)
+
+    def release(self) -> None:
+        """Linears and their copies go; the next product makes its own."""
+        self._shape, self._pool = None, None
+        self._copies.clear()
 
     def stopwatch(self, product: Product) -> Stopwatch:
         copies = self._made(product.candidate, product.rows, product.columns, product.dtype)
-        wanted = -(-self._rotated_bytes // _num_bytes(copies[0])) + 1
-        missing = max(2, min(_MOST_COPIES, wanted)) - len(copies)
+        size = num_bytes(copies[0].weight)
+        wanted = -(-self._rotated_bytes // size) + 1
+        fewest = 1 if size >= _ALONE * self._rotated_bytes else 2
+        missing = max(fewest, min(_MOST_COPIES, wanted)) - len(copies)
         copies += [copy.deepcopy(copies[0]) for _ in range(missing)]
         x_TI = _inputs(product.tokens, product.columns, product.dtype, self.device)
-        return (_Replay if self.device == "cuda" else _Clock)(copies, x_TI)
+        return Replay(copies, x_TI, self._pool) if self.device == "cuda" else Clock(copies, x_TI)
 
     def _made(self, candidate: Candidate, rows: int, columns: int, dtype: str) -> list[nn.Linear]:
         if self._shape != (rows, columns, dtype):
             self._shape = rows, columns, dtype
             self._copies.clear()
+            self._pool = torch.cuda.graph_pool_handle() if self.device == "cuda" else None
         if candidate not in self._copies:
             linear = _linear(candidate, rows, columns, dtype, self.device)
             self._copies[candidate] = [linear]
@@ -91,12 +107,8 @@ def timed(
         watches = {tokens: _Lazy(bench, of) for tokens, of in named.items()}
         contenders.append(Contender(watches, costs, before))
         products.append(named)
-    try:
-        with torch.no_grad():
-            found = race(contenders, contest.calls, effort)
-    finally:
-        if bench.device == "cuda":
-            forget()  # no graph of this race is replayed again
+    with torch.no_grad(), apart():
+        found = race(contenders, contest.calls, effort)
     return {
         named[tokens]: timing
         for named, timings in zip(products, found, strict=True)
@@ -115,63 +127,6 @@ class _Lazy:
         if self._watch is None:
             self._watch = self._bench.stopwatch(self._product)
         return self._watch(repeats)
-
-
-class _Clock:
-    def __init__(self, linears: list[nn.Linear], x_TI: Tensor) -> None:
-        self._turns = itertools.cycle(linears)
-        self._x_TI = x_TI
-        self._calls = 1
-        self._slice()  # the first pays for what is made once
-        self._calls = max(1, round(_SLICE_S * 1e6 / self._slice()))
-
-    def __call__(self, repeats: int) -> list[float]:
-        next(self._turns)(self._x_TI)  # after others' turn
-        return [self._slice() for _ in range(repeats)]
-
-    def _slice(self) -> float:
-        linears = list(itertools.islice(self._turns, self._calls))
-        start = time.perf_counter()
-        for linear in linears:
-            linear(self._x_TI)
-        return (time.perf_counter() - start) * 1e6 / self._calls
-
-
-class _Replay:
-    def __init__(self, linears: list[nn.Linear], x_TI: Tensor) -> None:
-        for linear in linears[:2]:  # nothing is compiled or searched for from here on
-            linear(x_TI)
-        torch.cuda.synchronize()
-        self._linears, self._x_TI = linears, x_TI
-        self._calls = len(linears)
-        self._graph = self._captured(rounds=1)
-        self._graph.replay()
-        if (rounds := int(_REPLAY_US / (self._replay() * self._calls)) + 1) > 1:
-            self._calls *= rounds
-            self._graph = self._captured(rounds)
-
-    def __call__(self, repeats: int) -> list[float]:
-        self._graph.replay()
-        return [self._replay() for _ in range(repeats)]
-
-    def _captured(self, rounds: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for linear in self._linears * rounds:
-                linear(self._x_TI)
-        return graph
-
-    def _replay(self) -> float:
-        start, end = (_event(), _event())
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / self._calls
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _linear(candidate: Candidate, rows: int, columns: int, dtype: str, device: str) -> nn.Linear:
@@ -199,8 +154,3 @@ def _inputs(tokens: int, columns: int, dtype: str, device: str) -> Tensor:
     generator = torch.Generator(device).manual_seed(tokens)
     x_TI = torch.randn(tokens, columns, generator=generator, device=device)
     return x_TI.to(getattr(torch, dtype))
-
-
-def _num_bytes(linear: nn.Linear) -> int:
-    weight = linear.weight
-    return weight.num_bytes() if isinstance(weight, QuantizedTensor) else weight.nbytes

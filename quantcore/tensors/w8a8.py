@@ -5,6 +5,9 @@ in float32. float8's are summed by matrix units, which keep fewer bits than floa
 is multiplied otherwise. Any shape, any of three floating dtypes.
 """
 
+import torch
+from quantkernels import w8a8 as kernels
+from quantkernels.launches import Launch
 from quantkernels.w8a8 import Tiles8, linear
 from quantkernels.weight_only import FUSED_DTYPES
 from quantkernels.weight_only.tiles import grouping
@@ -32,9 +35,32 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
     codes_TI = served.codes_TI
     if isinstance(activations.grid, FloatGrid):
         codes_TI = codes_TI.view(activations.grid.dtype)
+    zero_T = None if activations.symmetric else served.zero
+    return linear(codes_TI, served.scale, zero_T, _tiles(weight), bias_O, x_TI.dtype)
+
+
+def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> Launch:
+    """How that is launched on a GPU, by its name and number of multiprocessors."""
+    return kernels.launch_of(len(x_TI), _tiles(weight), *gpu)
+
+
+def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> None:
+    """For that launch, which is one of ours; tensors may be without memory."""
+    activations = weight.scheme.activations
+    assert activations is not None
+    floats = isinstance(activations.grid, FloatGrid)
+    codes_TI = torch.empty_like(x_TI, dtype=torch.float8_e4m3fn if floats else torch.int8)
+    by_token = weight.input_scale is None and not weight.scheme.per_tensor
+    scale_T = x_TI.new_empty(len(x_TI) if by_token else 1, dtype=torch.float32)
+    zero_T = None if activations.symmetric else torch.empty_like(scale_T)
+    launch = launch_of(x_TI, weight, gpu)
+    kernels.compile_for(codes_TI, scale_T, zero_T, _tiles(weight), x_TI.dtype, launch)
+
+
+def _tiles(weight: QuantizedTensor) -> Tiles8:
     tiled = weight.layout_name == Layout.TRITON_TILED
     group = grouping(weight.scheme.group_size, zero=False) if tiled else 0
-    made = Tiles8(
+    return Tiles8(
         codes=weight.codes,
         scale=weight.scale if group else weight.scale.reshape(-1),
         sums_O=weight.sums,
@@ -42,5 +68,3 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
         group=group,
         features=weight.facts.features,
     )
-    zero_T = None if activations.symmetric else served.zero
-    return linear(codes_TI, served.scale, zero_T, made, bias_O, x_TI.dtype)

@@ -6,7 +6,8 @@ quantkernels/weight_only. On a CPU the same layout is made dense and multiplied.
 
 from typing import cast
 
-from quantkernels.launches import Codes
+from quantkernels import weight_only as kernels
+from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import FUSED_DTYPES, Tiles, linear
 from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
@@ -21,7 +22,21 @@ def takes(x_TI: Tensor, weight: QuantizedTensor) -> bool:
 
 
 def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
-    tiles = Tiles(
+    return linear(x_TI, _tiles(weight), bias_O)
+
+
+def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> Launch:
+    """How that is launched on a GPU, by its name and number of multiprocessors."""
+    return kernels.launch_of(len(x_TI), _tiles(weight), *gpu)
+
+
+def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> None:
+    """For that launch, which is one of ours; tensors may be without memory."""
+    kernels.compile_for(x_TI, _tiles(weight), launch_of(x_TI, weight, gpu))
+
+
+def _tiles(weight: QuantizedTensor) -> Tiles:
+    return Tiles(
         codes_RPBW=weight.codes,
         scale=weight.scale,
         zero=weight.zero,
@@ -30,7 +45,6 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
         group=grouping(weight.scheme.group_size, zero=weight.zero is not None),
         features=weight.facts.features,
     )
-    return linear(x_TI, tiles, bias_O)
 
 
 def codes_kind(scheme: Scheme) -> Codes:

@@ -4,10 +4,11 @@
         --model FOLDER --text FILE --held-out FILE
 
 A plan is made for decode (one token a call), for prefill, and for a mix of both, with errors in
-nats a token, scaled by whole-model checks: without a budget of error, and, out of its front, with
-one between two uniform schemes (`--between`). Then, in turns within one run, each plan, the dense
-model and every uniform plan are timed end to end: a step of one token after a prompt out of a
-static cache, and a prompt.
+nats a token, scaled by whole-model checks: by predictions alone, then from what was measured and
+found with a few plans run end to end (finalists.py), without a budget of error and with one between
+two uniform schemes (`--between`). Then, in turns within one run, each plan, the dense model and
+every uniform plan are timed end to end: a step of one token after a prompt out of a static cache,
+and a prompt.
 
     predicted   the sum of the plan's linears, and the rest of the model: what the dense model took
                 end to end, less what its linears were timed at; none for a uniform plan that lost
@@ -26,8 +27,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +38,16 @@ from quantcore.autoquant import autoquant
 from quantcore.autoquant.candidates import DENSE_LABEL, candidate_of, refused, schemes_of
 from quantcore.autoquant.choice import Budgets, Totals
 from quantcore.autoquant.document import Plan
-from quantcore.autoquant.front import within
+from quantcore.autoquant.findings import Findings
 from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.telling import proven
 from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
+from quantcore.schemes import Scheme
 from tests.benchmarks.decode import Decoder, linear_bytes
+from tests.benchmarks.plan_runs import runner
 from workers.kind import hardware_kind
 from workers.loading import load
 
@@ -92,6 +97,46 @@ def _ms(run: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+@dataclass(slots=True, kw_only=True)
+class Planner:
+    """Plans of one model, each with what is known from those before."""
+
+    make: Callable[[], nn.Module]
+    schemes: list[Scheme]
+    recorded: Tensor
+    held_out: list[Tensor]
+    hardware: HardwareKind
+    effort: Effort
+    measurements: Measurements = field(default_factory=lambda: Measurements(of={}))
+    findings: Findings = field(default_factory=Findings)
+
+    def plan(self, name: str, profile: Profile, **more: Any) -> Plan:
+        model = self.make()
+        auto = autoquant(
+            model,
+            self.schemes,
+            profile=profile,
+            held_out=self.held_out,
+            calls=None,
+            join=True,
+            measurements=self.measurements,
+            findings=self.findings,
+            hardware=self.hardware,
+            effort=self.effort,
+            **more,
+        )
+        model(self.recorded)
+        start = time.perf_counter()
+        plan = auto.finalize()
+        print(f"{name}: planned in {time.perf_counter() - start:.1f} s", flush=True)
+        self.measurements, self.findings = auto.measurements, auto.findings
+        for line in (*map(str, plan.checks[-1:]), *proven(plan), *auto.warnings):
+            print(f"    {line}", flush=True)
+        if plan.factors:
+            print(f"    kernels' times scaled: {plan.factors}", flush=True)
+        return plan
+
+
 def swap(model: nn.Module, labels: dict[str, str]) -> None:
     """By linear, what it becomes."""
     for label in set(labels.values()) - {DENSE_LABEL}:
@@ -129,8 +174,8 @@ def end_to_end(runners: dict[str, Runner], rounds: int) -> dict[str, dict[str, l
         name: {"decode": [], "prefill": []} for name in runners
     }
     for number in range(rounds + 1):
-        for name, runner in runners.items():
-            found = {"decode": runner.decode_ms(), "prefill": runner.prefill_ms()}
+        for name, one in runners.items():
+            found = {"decode": one.decode_ms(), "prefill": one.prefill_ms()}
             if number:
                 for kind, of in found.items():
                     times[name][kind].append(statistics.median(of))
@@ -172,42 +217,31 @@ def main() -> None:
     kind = hardware_kind("cpu")
     hardware = HardwareKind.of(kind, threads=torch.get_num_threads())
     make = lambda: load(options.model, torch.bfloat16)  # noqa: E731
-    known = Measurements(of={})
-    plans: dict[str, Plan] = {}
+    planner = Planner(
+        make=make,
+        schemes=[of for of in schemes_of(options.candidates) if of.symmetric],
+        recorded=recorded,
+        held_out=held_out,
+        hardware=hardware,
+        effort=Effort(seconds=options.seconds),
+    )
+    length = argparse.Namespace(cache=prompt)
     rows: dict[str, dict[str, Totals]] = {}
     takes: dict[str, dict[str, str]] = {}
     for profile in profiles:
-        start = time.perf_counter()
-        model = make()
-        auto = autoquant(
-            model,
-            [of for of in schemes_of(options.candidates) if of.symmetric],
-            profile=profile,
-            held_out=held_out,
-            join=True,
-            measurements=known,
-            hardware=hardware,
-            effort=Effort(seconds=options.seconds),
-        )
-        model(recorded)
-        known, plan = auto.measurements, auto.plan
-        assert plan is not None
-        plans[profile.name] = plan
-        print(f"{profile.name}: planned in {time.perf_counter() - start:.1f} s", flush=True)
-        print("\n".join(f"    {check}" for check in plan.checks), flush=True)
-        uniforms = {of.label: of.totals for of in plan.choice.uniforms}
-        moved = {check.plan: check.measured for check in plan.checks}
+        plain = planner.plan(f"{profile.name}, by prediction", profile)
+        moved = {check.plan: check.measured for check in plain.checks}
         budget = statistics.mean(moved[label] for label in options.between)
-        point = within(plan.front, Budgets(error=budget))
-        assert point is not None
-        short = f"{profile.name}, {budget:.3g} nats"
-        rows[profile.name] = {profile.name: plan.choice.totals, short: point.totals, **uniforms}
-        takes[profile.name] = plan.labels()
-        takes[short] = {
-            linear: label
-            for layer, label in zip(plan.choice.layers, point.labels, strict=True)
-            for linear in layer.linears
+        run = runner(profile, length)
+        plans = {
+            f"{profile.name}, by prediction": plain,
+            profile.name: planner.plan(profile.name, profile, run=run),
         }
+        short = f"{profile.name}, {budget:.3g} nats"
+        plans[short] = planner.plan(short, profile, budgets=Budgets(error=budget), run=run)
+        uniforms = {of.label: of.totals for of in plain.choice.uniforms}
+        rows[profile.name] = {name: of.choice.totals for name, of in plans.items()} | uniforms
+        takes |= {name: of.labels() for name, of in plans.items()}
 
     runners: dict[str, Runner] = {}
     for label in sorted({label for of in rows.values() for label in of}):

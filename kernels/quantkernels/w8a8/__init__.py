@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from quantkernels.launches import Codes, Shape, choose, gpu_of
+from quantkernels.launches import Codes, Launch, Shape, choose, gpu_of
 from quantkernels.w8a8 import reference, vendor
 from quantkernels.w8a8.tiles import Tiles8
 
 FUSED_DEVICES = ("cuda", "xpu")
 
-__all__ = ["FUSED_DEVICES", "Tiles8", "linear"]
+__all__ = ["FUSED_DEVICES", "Tiles8", "compile_for", "launch_of", "linear"]
 
 
 def linear(
@@ -53,6 +53,34 @@ def linear(
     return y_TO
 
 
+def launch_of(tokens: int, weight: Tiles8, gpu: str, units: int) -> Launch:
+    """How `linear` is launched on a GPU, by its name and its number of multiprocessors."""
+    rows, columns = weight.features
+    shape = Shape(
+        kernel="w8a8",
+        codes=weight.kind,
+        group=weight.group,
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+    )
+    return choose(shape, gpu, units)
+
+
+def compile_for(
+    codes_TI: Tensor,
+    scale_T: Tensor,
+    zero_T: Tensor | None,
+    weight: Tiles8,
+    dtype: torch.dtype,
+    launch: Launch,
+) -> None:
+    """What `linear` runs with this launch, which is one of ours; tensors may be meta ones."""
+    from quantkernels.w8a8 import fused
+
+    fused.linear(codes_TI, scale_T, zero_T, weight, None, dtype, launch, compile_only=True)
+
+
 @torch.library.custom_op("quantkernels::w8a8_linear", mutates_args=())
 def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
     codes_TI: Tensor,
@@ -79,10 +107,7 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     tokens = codes_TI.shape[0]
     if codes_TI.device.type not in FUSED_DEVICES or 0 in (tokens, rows, columns):
         return reference.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype)
-    shape = Shape(
-        kernel="w8a8", codes=weight.kind, group=group, rows=rows, columns=columns, tokens=tokens
-    )
-    launch = choose(shape, *gpu_of(codes_TI.device))
+    launch = launch_of(tokens, weight, *gpu_of(codes_TI.device))
     if launch.other and vendor.takes(codes_TI, weight, dtype):
         return vendor.linear(codes_TI, scale_T, weight, bias_O, dtype)
     from quantkernels.w8a8 import fused

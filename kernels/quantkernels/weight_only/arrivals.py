@@ -5,10 +5,14 @@ a launch that is captured into a CUDA graph, which may be replayed on any stream
 of its own. They come out of a pool, made while nothing is captured, and again when half is spent.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 _POOL = 1 << 20  # counters made at once for captured launches
+_ALIGNED = 4  # counters in 16 bytes
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _pools: dict[torch.device, list[Tensor]] = {}  # what is left of each; graphs may use the rest
@@ -32,7 +36,11 @@ def arrivals(device: torch.device, count: int) -> Tensor:
 
 
 def _captured(device: torch.device, count: int) -> Tensor:
-    """From the latest pool; where it is spent, or nothing ran before, zeros that replays set."""
+    """From the latest pool; where it is spent, or nothing ran before, zeros that replays set.
+
+    They begin where 16 bytes do, all of them: Triton compiles anew for a pointer that does not.
+    """
+    count = -(-count // _ALIGNED) * _ALIGNED
     pools = _pools.get(device, [])
     if not pools or len(pools[-1]) < count:
         return torch.zeros(max(1, count), dtype=torch.int32, device=device)
@@ -45,3 +53,16 @@ def forget() -> None:
     """All counters are free again: for a caller whose captured launches are not replayed again."""
     _of_stream.clear()
     _pools.clear()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """What is captured within is not replayed after it; what was captured before goes on to be."""
+    of_stream, pools = dict(_of_stream), dict(_pools)
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+        _of_stream.update(of_stream)
+        _pools.update(pools)

@@ -1,0 +1,133 @@
+"""A plan for one model, chosen until it holds: its error measured, then its time.
+
+    1  choose by predictions; where the whole model moves by more than the budget of error, correct
+       the errors by how far, and choose again
+    2  run finalists end to end (finalists.py), scale the times of kernels by what they took in the
+       model, and choose again; what is chosen now runs as well, beside the fastest so far
+    3  keep one of the finalists, whose error is measured too
+
+Without held-out inputs nothing is corrected by errors, and without a way to run nothing by times.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from quantcore.autoquant.choice import (
+    Budgets,
+    Choice,
+    Objective,
+    choose,
+    choose_as,
+    uniform_labels,
+)
+from quantcore.autoquant.document import Check, End
+from quantcore.autoquant.finalists import (
+    Finalist,
+    Stage,
+    ends,
+    factors,
+    kept,
+    near,
+    scaled,
+)
+from quantcore.autoquant.options import Layer
+from quantcore.autoquant.program import keeps
+from quantcore.errors import QuantizationError
+
+_MOST_CHOICES = 8
+PREDICTED, CORRECTED = "chosen by prediction", "chosen again"  # among the ends
+
+Confirm = Callable[[Choice], Check]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    choice: Choice
+    layers: Sequence[Layer]  # what was chosen from, times scaled
+    check: Check | None
+    ends: tuple[End, ...] = ()
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chooser:
+    objective: Objective
+    budgets: Budgets
+    confirm: Confirm | None  # None: no held-out inputs
+    stage: Stage | None  # None: nothing runs end to end
+
+    def chosen(self, layers: Sequence[Layer]) -> Outcome:
+        first = self._confirmed(layers, 1.0)
+        return first if self.stage is None else self._proven(first, self.stage)
+
+    def _confirmed(self, layers: Sequence[Layer], correction: float) -> Outcome:
+        """The choice, or another one, that keeps its budget of error when it is measured."""
+        limit = self.budgets.error
+        for _ in range(_MOST_CHOICES):
+            choice = choose(layers, self.objective, self.budgets, correction)
+            if self.confirm is None:
+                return Outcome(choice=choice, layers=layers, check=None)
+            check = self.confirm(choice)
+            if limit is None or keeps(check.measured, limit):
+                return Outcome(choice=choice, layers=layers, check=check)
+            if choice.totals.error == 0:
+                break
+            correction *= max(1.01, check.measured / choice.totals.error)
+        raise QuantizationError(
+            f"budget of error: {limit}: the last of {_MOST_CHOICES} plans that should keep it was "
+            f"measured to move the model by {check.measured:.4g}: write more"
+        )
+
+    def _proven(self, first: Outcome, stage: Stage) -> Outcome:
+        finalists = near(_finalist(PREDICTED, first.choice), _uniforms(first))
+        found = ends(finalists, stage.timed(finalists), {})
+        learned = factors(first.layers, finalists, found)
+        again = self._confirmed(scaled(first.layers, learned), first.choice.correction)
+        other = _finalist(CORRECTED, again.choice)
+        if all(other.labels != of.labels for of in finalists):
+            beside = kept(finalists, found)[0]
+            rest_us = found[PREDICTED].predicted_us
+            if rest_us is not None:
+                rest_us += other.time_us - finalists[0].time_us
+            timings = stage.timed([other, beside])
+            found = ends([other, beside], timings, found)
+            found[CORRECTED] = replace(found[CORRECTED], predicted_us=rest_us)
+            finalists = [other, *finalists]
+        for finalist in kept(finalists, found):
+            choice = choose_as(
+                again.layers, self.objective, self.budgets, finalist.labels, again.choice.correction
+            )
+            check = self.confirm(choice) if self.confirm else None
+            limit = self.budgets.error
+            if check is None or limit is None or keeps(check.measured, limit):
+                found[finalist.plan] = replace(found[finalist.plan], kept=True)
+                return replace(
+                    again,
+                    choice=choice,
+                    check=check,
+                    ends=tuple(found.values()),
+                    factors=learned,
+                )
+        raise AssertionError("both that were chosen keep their budget, as was measured")
+
+
+def _finalist(plan: str, choice: Choice) -> Finalist:
+    return Finalist(
+        plan=plan,
+        labels={layer.layer: layer.option.label for layer in choice.layers},
+        time_us=choice.totals.time_us,
+        error=choice.totals.error,
+    )
+
+
+def _uniforms(outcome: Outcome) -> list[Finalist]:
+    return [
+        Finalist(
+            plan=uniform.label,
+            labels=uniform_labels(outcome.layers, uniform.label),
+            time_us=uniform.totals.time_us,
+            error=uniform.totals.error,
+            fits=uniform.fits,
+        )
+        for uniform in outcome.choice.uniforms
+    ]

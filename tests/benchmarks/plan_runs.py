@@ -1,0 +1,190 @@
+"""A model that is planned for and run under plans, one after another, and is dense in between."""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from quantkernels.forward import silu_product
+from torch import Tensor, nn
+
+from quantcore.autoquant import autoquant
+from quantcore.autoquant.choice import Budgets
+from quantcore.autoquant.divergence import undone
+from quantcore.autoquant.document import Plan
+from quantcore.autoquant.finalists import Prepare
+from quantcore.autoquant.findings import Findings
+from quantcore.autoquant.measurements import HardwareKind, Measurements, Product
+from quantcore.autoquant.options import Profile
+from quantcore.autoquant.race import Effort, Stopwatch
+from quantcore.autoquant.swapping import swap
+from quantcore.autoquant.timing import Bench
+from quantcore.joining import join_linears
+from quantcore.quantize import linears_of
+from quantcore.recorder import Recorder
+from tests.benchmarks.decode import Decoder, linear_bytes
+from workers.fusing import fuse
+
+FREE = Budgets()
+_DECODED = 16  # as many tokens a call or fewer are a step of so many sequences
+
+
+def fuse_by_name(model: nn.Module) -> None:
+    """Our kernels for norms, rotary embeddings and gated products, which find linears by name.
+
+    What `fuse` makes holds the linears that it found, and would go on with them when others, joined
+    ones, are put in their places.
+    """
+    for name in fuse(model):
+        module = model.get_submodule(name)
+        if hasattr(module, "gate_proj"):
+            module.forward = partial(_gated, module)
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    y: Tensor = mlp.down_proj(silu_product(mlp.gate_proj(x), mlp.up_proj(x)))
+    return y
+
+
+class Careful(Bench):
+    """A candidate that fails is named and loses, so that the others are told."""
+
+    def stopwatch(self, product: Product) -> Stopwatch:
+        try:
+            return super().stopwatch(product)
+        except Exception as error:  # whatever it is
+            shape = f"{product.rows}x{product.columns}, {product.tokens} tokens"
+            print(f"FAILED: {product.candidate.label()}, {shape}: {error!r}"[:400], flush=True)
+            return lambda repeats: [1e9] * repeats
+
+
+@dataclass(slots=True)
+class Run:
+    """One model, dense whenever nothing is done with it, and all that is known of it."""
+
+    model: nn.Module
+    options: argparse.Namespace
+    hardware: HardwareKind
+    recorded_BT: Tensor
+    held_out_BT: Tensor
+    begun_s: float
+    measurements: Measurements = field(default_factory=lambda: Measurements(of={}))
+    findings: Findings = field(default_factory=Findings)
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    recorder: Recorder | None = None  # for static schemes
+
+    def __post_init__(self) -> None:
+        self.linears = linears_of(self.model, None)
+        watched = self.linears.keys()
+        self.recorder = Recorder(self.model, lambda name, _: name in watched, moments=False)
+        with self.recorder:
+            self.model(self.recorded_BT, use_cache=False, logits_to_keep=1)
+
+    def planned(
+        self, profile: Profile, budgets: Budgets = FREE, run: Prepare | None = None
+    ) -> tuple[Plan, float]:
+        """The plan, and the seconds from the recorded call's end until it is chosen and swapped."""
+        options = self.options
+        with undone(self.model, self.linears):
+            auto = autoquant(
+                self.model,
+                options.candidates,
+                profile=profile,
+                budgets=budgets,
+                held_out=[self.held_out_BT],
+                calls=None,
+                join=True,
+                run=run,
+                measurements=self.measurements,
+                findings=self.findings,
+                hardware=self.hardware,
+                bench=Careful(options.device),
+                effort=Effort(seconds=options.seconds),
+            )
+            self.model(self.recorded_BT, use_cache=False, logits_to_keep=1)
+            _wait()
+            start = time.perf_counter()
+            plan = auto.finalize()
+            _wait()
+            seconds = time.perf_counter() - start
+        self.measurements, self.findings = auto.measurements, auto.findings
+        for warning in auto.warnings:
+            print(f"    {warning}", flush=True)
+        _tidy()
+        return plan, seconds
+
+    def late(self) -> bool:
+        return time.perf_counter() - self.begun_s > self.options.deadline
+
+    def timed(self, labels: dict[str, str], profiles: Iterable[Profile]) -> dict[str, list[float]]:
+        """Milliseconds of each profile under a plan, by linear; and its bytes."""
+        with undone(self.model, self.linears):
+            swap(self.model, labels, self.recorder)
+            join_linears(self.model)
+            found = {}
+            for profile in profiles:
+                run = runner(profile, self.options)(self.model)
+                found[profile.name] = [_ms(run) for _ in range(self.options.repeats + 1)][1:]
+                del run
+            head = self.model.get_output_embeddings().weight.nbytes  # type: ignore[operator]
+            found["bytes"] = [linear_bytes(self.model) - head]
+        _tidy()
+        return found
+
+
+def runner(profile: Profile, options: argparse.Namespace) -> Prepare:
+    """All calls of a profile, once."""
+
+    def prepared(model: nn.Module) -> Callable[[], object]:
+        parts = [_part(model, tokens, round(n), options) for tokens, n in profile.calls.items()]
+        return lambda: [part() for part in parts]
+
+    return prepared
+
+
+def _part(
+    model: nn.Module, tokens: int, calls: int, options: argparse.Namespace
+) -> Callable[[], object]:
+    device = next(model.parameters()).device
+    if tokens > _DECODED:
+        prompt_BT = torch.ones(1, tokens, dtype=torch.long, device=device)
+        return lambda: [
+            model(prompt_BT, use_cache=False, logits_to_keep=1).logits for _ in range(calls)
+        ]
+    decoder = Decoder(model, tokens, options.cache, compiled=False)
+    ids_BT = torch.ones(tokens, 4, dtype=torch.long, device=device)
+    decoder.capture(ids_BT)
+    left = [0]  # of the cache
+
+    def steps() -> None:
+        for _ in range(calls):
+            if not left[0]:
+                decoder.begin(ids_BT)
+                left[0] = options.cache - ids_BT.shape[1] - 1
+            decoder.step()
+            left[0] -= 1
+
+    return steps
+
+
+def _ms(run: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _tidy() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
