@@ -1,8 +1,8 @@
 """Where results' parts are, and the way from there to whoever reads them.
 
 A CPU's parts go to Ray's object store. Those of an accelerator stay with the worker that made them,
-on its device (workers/kept.py): it reads them itself as they are; a worker on another GPU of the
-same machine copies them out of its memory; to all others they are sent through the object store,
+on its device (workers/kept.py): it copies them when it reads them, and so does a worker on another
+GPU of the same machine, out of its memory; to all others they are sent through the object store,
 once they are asked for.
 """
 
