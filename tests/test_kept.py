@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from workers.arena import Arena, Region
 from workers.kept import Kept, Mapped, Near, regions_of
+from workers.parcels import mapped
 
 CPU = torch.device("cpu")
 
 
-def _part() -> dict[str, Any]:
-    return {
+def _part(device: str = "cpu") -> dict[str, Any]:
+    part = {
         "sum": torch.randn(5, 7),
         "rows": (torch.arange(4.0).half(), 3),
         "turned": torch.randn(6, 2).T,
@@ -23,6 +24,8 @@ def _part() -> dict[str, Any]:
         "nothing": torch.empty(0, 3),
         "one": torch.tensor(2.5, dtype=torch.float64),
     }
+    moved: dict[str, Any] = mapped(part, torch.Tensor, lambda tensor: tensor.to(device))
+    return moved
 
 
 def _assert_same(one: Any, other: Any) -> None:
@@ -101,7 +104,7 @@ def _lender(to: Any, back: Any) -> None:
     kept = Kept(torch.device("cuda"))
     torch.manual_seed(0)
     for name in ("before", "read"):
-        placed = kept.keep(name, (torch.randn(1000, 30, device="cuda"), _part()))
+        placed = kept.keep(name, (torch.randn(1000, 30, device="cuda"), _part("cuda")))
     torch.cuda.synchronize()
     slabs = {region.slab for region in regions_of(placed)}
     to.send((placed, {slab: kept.lend(slab) for slab in slabs}))
@@ -123,18 +126,18 @@ def test_another_process_reads_what_is_kept_and_needs_no_new_mapping() -> None:
     process.start()
     try:
         placed, slabs = ours.recv()
-        mapped = Mapped()
+        near = Mapped()
         for slab, told in slabs.items():
-            mapped.add(3, slab, told)
+            near.add(3, slab, told)
         wanted = ours.recv()
-        parts = [mapped.part(Near(3, part, {})) for part in placed]
+        parts = [near.part(Near(3, part, {})) for part in placed]
         torch.testing.assert_close(parts[0].cpu(), wanted[0], rtol=0, atol=0)
         torch.testing.assert_close(parts[1]["sum"].cpu(), wanted[1], rtol=0, atol=0)
         questions.send(None)
         (again,) = ours.recv()
-        there = mapped.part(Near(3, again, {}))
+        there = near.part(Near(3, again, {}))
         assert bool((there == 7.0).all()), "put where something else was dropped"
-        mapped.forget(3)
+        near.forget(3)
         questions.send(None)
     finally:
         process.join(60)
