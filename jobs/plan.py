@@ -7,7 +7,10 @@
       profile: mix                        # or calls: [{tokens: 1, times: 64}, {tokens: 512}]
       budgets: {error: 0.5, bytes: 4.5GiB}
 
-Without a path `quantfleet plan` measures, and leaves its plans in the job's folder in the store.
+Without a path `quantfleet plan` measures, and leaves its plans in the job's folder in the store. A
+job follows one of them, or makes an artifact by each:
+
+    plan: {each_kind: true}
 """
 
 from typing import Annotated, Literal, Self
@@ -51,6 +54,7 @@ class PlanSpec(Section):
     path: PlanPlace | None = None  # of a plan document: a file here, or at s3://bucket/path
     rounding: Literal["rtn", "gptq", "hqq"] = "gptq"  # of all that the plan does not leave dense
     other_hardware: bool = False  # whether it may be made for another kind than the workers'
+    each_kind: bool = False  # an artifact by every plan in the job's folder, from one calibration
     candidates: tuple[CandidateClass, ...] = ("default",)
     # what linears are called with; recorded: what the calibration hands them
     profile: NamedProfile = "mix"
@@ -70,6 +74,13 @@ class PlanSpec(Section):
                 f"the plan at path is made already: drop {changed[0]}, or drop path and run "
                 "quantfleet plan"
             )
+        if self.each_kind and self.path is not None:
+            raise ValueError(
+                "each_kind follows all plans in the job's folder, and path names one: drop one of "
+                "the two"
+            )
+        if self.each_kind and self.other_hardware:
+            raise ValueError("each_kind is for plans of other hardware, too: drop other_hardware")
         if not self.candidates:
             raise ValueError("candidates: none: write default")
         counts = [one.tokens for one in self.calls]

@@ -26,6 +26,7 @@ JobMethod = Literal["rtn", "gptq", "hqq", "smoothquant", "plan"]
 UNCALIBRATED = ("rtn", "hqq")  # methods that look at weights alone
 Dtype = Literal["float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # of a job
 Span = Annotated[int, Field(gt=0)] | Literal["channel", "tensor"]
 
 
@@ -291,7 +292,7 @@ class EvaluationSpec(Section):
 
 
 class JobSpec(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     model: ModelSpec
     quantization: QuantizationSpec
     compute_dtype: ComputeDtype = "auto"  # bfloat16 where all devices multiply in it, else float32

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.block import band_count
+from orchestrator.calibration import MOST_WAITING
 from orchestrator.costs import Rates, network_bytes, seconds
 from orchestrator.sizes import FLOAT32, Sizes, weights_of
 from quantcore.hqq import CHUNK_OF_A_DEVICE
@@ -322,7 +323,11 @@ def _device(sizes: Sizes, states_on: str) -> Phases:
             }
             if "boundary" in found:
                 parts = found["boundary"]
-                shapes["boundary"] = {"block": parts["block"], "products": parts["products"]}
+                shapes["boundary"] = {
+                    "block": parts["block"],
+                    "kept": MOST_WAITING * sizes.hands * sizes.chunk + SLAB_BYTES,  # not yet taken
+                    "products": parts["products"],
+                }
             for phase, parts in shapes.items():
                 if _total(parts) > _total(worst.get(phase, {})):
                     worst[phase] = parts

@@ -44,7 +44,7 @@ from workers.tasks import (
 )
 
 _TRANSFER_BYTES_PER_S = 200e6  # until a transfer was seen
-_MOST_WAITING = 2  # chunks shown to a shard and not yet taken, for each of its workers
+MOST_WAITING = 2  # chunks shown to a shard and not yet taken, for each of its workers
 
 
 @dataclass(slots=True)
@@ -320,7 +320,7 @@ class Shard:
     def _show(self, worker: int, _block: BlockWork) -> Assignment | None:
         """One chunk at a time, and not more than the next shard's workers soon take."""
         after = self._after
-        if after is None or after._waiting() >= max(_MOST_WAITING * after.members, 1):
+        if after is None or after._waiting() >= max(MOST_WAITING * after.members, 1):
             return None
         return self._boundary(worker, self._to_show(worker)[:1])
 

@@ -82,12 +82,20 @@ def check(path: Path, *, touch_store: bool = True, look_at: Look = look_here) ->
 
     `look_at` says what machines there are: by default, this one.
     """
+    spec, document, faults = read_job(path)
+    return prepare(spec, document, faults, touch_store=touch_store, look_at=look_at)
+
+
+def read_job(path: Path) -> tuple[JobSpec, Document, list[Fault]]:
+    """A job file alone, its paths absolute, and its faults so far.
+
+    Raises JobFaults where too little remains without the faulty keys.
+    """
     document = read_document(path)
     spec, faults = validate(document)
     if spec is None:
         raise JobFaults(str(path), faults)
-    spec = resolve_paths(spec, path.absolute().parent)
-    return prepare(spec, document, faults, touch_store=touch_store, look_at=look_at)
+    return resolve_paths(spec, path.absolute().parent), document, faults
 
 
 def prepare(
@@ -214,6 +222,7 @@ def _planned(
     """The plan that the job names, if it may be used, with what is to be known of it."""
     if spec.quantization.method != "plan":
         return None, ()
+    assert not spec.quantization.planning.each_kind, "orchestrator/each_kind.py has a job for each"
     from orchestrator.planned import held_against, left_in_store, read_planned  # and scipy: 0.7 s
 
     place = spec.quantization.planning.path

@@ -1,46 +1,34 @@
 """The command line. Jobs on a remote cluster have their commands in cli_remote.py, plans have
-theirs in cli_plan.py.
+theirs in cli_plan.py; what run and resume share is in cli_run.py.
 
 Exit codes: 0 done; 2 bad job file or usage; 3 source or store; 4 resources; 5 quantization;
 130 interrupted. Results go to standard output, all else to standard error.
 """
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from orchestrator.cli_plan import plans
 from orchestrator.cli_remote import cancel, logs, submit
+from orchestrator.cli_run import Output, first_of, look_at_job, run_and_print
 from orchestrator.options import Address, AsJson, InProcess, LogFile, LogJson
 from orchestrator.printing import (
-    ERR,
     OUT,
     byte_bar,
-    interrupt,
     print_json,
     print_metrics,
     print_plan,
-    print_report,
     print_submitted,
     reported,
-    say,
     status_line,
     working,
 )
-from quantcore.errors import QuantfleetError, SpecError, StoreError
-
-if TYPE_CHECKING:  # importing torch takes seconds: `quantfleet --help` need not
-    from orchestrator.checks import Prepared
-    from orchestrator.executors import Executor
-    from orchestrator.site import Site
-    from workers.plan import Plan
+from quantcore.errors import SpecError, StoreError
 
 app = typer.Typer(
     name="quantfleet",
@@ -76,19 +64,17 @@ def run(
 ) -> None:
     """Quantize a model as a job file says, here and now. Run again, it goes on."""
     with reported():
-        from orchestrator.checks import check
+        from orchestrator.checks import read_job
         from orchestrator.described import describe
         from orchestrator.site import open_site
-        from workers.store import open_store
 
         with open_site(address, in_process) as site:
             with working("checking the job", as_json):
-                prepared = check(job, touch_store=not dry_run, look_at=site.look_at)
+                todo = look_at_job(*read_job(job), touch_store=not dry_run, look_at=site.look_at)
             if dry_run:
-                print_plan(describe(prepared), as_json)
+                print_plan(describe(first_of(todo)), as_json)
                 return
-            with _waiting_note(open_store(prepared.plan.store)):
-                _run(prepared, site, as_json, log_file, log_json)
+            run_and_print(todo, site, Output(as_json, log_file, log_json))
 
 
 @app.command()
@@ -102,34 +88,36 @@ def resume(
 ) -> None:
     """Take up a job from its store alone: the job file that began it is kept there."""
     with reported():
-        from orchestrator.checks import prepare
+        from orchestrator.each_stored import beside, stored_each
         from orchestrator.identity import stored_job
         from orchestrator.site import open_site
         from orchestrator.stored import kept_texts, stored_spec
         from workers.store import open_store
 
         store = open_store(job)
-        began = stored_job(store)
+        began, each = stored_job(store), None
+        if began is None:
+            began = each = stored_each(store)
         if began is None:
             raise StoreError(f"{store.url} holds no job that was begun: see quantfleet list")
         spec, document = stored_spec(began, store.url)
-        with kept_texts(store, spec) as spec, open_site(address, in_process) as site:
+        texts = beside(store, each["first"]) if each else store
+        with kept_texts(texts, spec) as spec, open_site(address, in_process) as site:
             with working("checking the job", as_json):
-                prepared = prepare(spec, document, [], look_at=site.look_at)
-            with _waiting_note(store):
-                _run(prepared, site, as_json, log_file, log_json)
+                todo = look_at_job(spec, document, [], look_at=site.look_at)
+            run_and_print(todo, site, Output(as_json, log_file, log_json))
 
 
 @app.command()
 def check(job: JobFile, as_json: AsJson = False) -> None:
     """Report every fault of a job file at once, with its place and what to write instead."""
     with reported(as_json):
-        from orchestrator.checks import check as check_job
+        from orchestrator.checks import read_job
         from orchestrator.described import describe
 
         with working("checking the job", as_json):
-            prepared = check_job(job)
-        print_plan(describe(prepared), as_json)
+            todo = look_at_job(*read_job(job))
+        print_plan(describe(first_of(todo)), as_json)
 
 
 @app.command()
@@ -250,59 +238,6 @@ def evaluate(  # noqa: PLR0913, PLR0917 - options of a command
             print_json(metrics)
         else:
             print_metrics({Path(model).name: metrics})
-
-
-def _run(
-    prepared: "Prepared", site: "Site", as_json: bool, log_file: Path | None, log_json: bool
-) -> None:
-    from orchestrator.driver import run_job
-    from orchestrator.log import start_log
-    from orchestrator.loop import Observers
-    from orchestrator.progress import Watcher
-
-    def start_workers(plan: "Plan") -> "Executor":
-        executor = site.start_workers(plan, prepared)
-        signal.signal(signal.SIGTERM, interrupt)  # Ray took it for itself
-        if site.cluster is not None:
-            from orchestrator.ray_metrics import RayMetrics
-
-            observers.add(RayMetrics(site.cluster, prepared.spec.name))
-        return executor
-
-    log, path = start_log(prepared.spec.name, log_file, log_json)
-    watcher = Watcher(ERR, log, quiet=as_json or log_json)
-    observers = Observers(watcher)
-    for note in prepared.notes if prepared.planned and not (as_json or log_json) else ():
-        say(note)  # which plan is followed
-    try:
-        result = run_job(prepared, start_workers, observers)
-    except BaseException as error:
-        log.error("job ended", error=type(error).__name__, message=str(error))
-        raise
-    finally:
-        watcher.close()
-    if as_json:
-        print_json({"store": result.store, "log": str(path), "report": result.report})
-        return
-    print_report(result, path)
-
-
-@contextlib.contextmanager
-def _waiting_note(store: Any) -> Iterator[None]:
-    """However a started job ends early, say what is kept and how to go on."""
-    from orchestrator.stored import kept_blocks
-
-    try:
-        yield
-    except SpecError:  # the store holds a job that this one is not: going on with it is no advice
-        raise
-    except (QuantfleetError, KeyboardInterrupt):
-        with contextlib.suppress(QuantfleetError):
-            kept, total = kept_blocks(store)
-            if total:
-                go_on = f"go on with: quantfleet resume {store.url}"
-                say(f"{kept} of {total} blocks are kept; {go_on}")
-        raise
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestrator.bag import Bag
 from orchestrator.checks import Prepared
+from orchestrator.each_stored import begun_first
 from orchestrator.executors import Executor
 from orchestrator.identity import (
     Identity,
@@ -35,7 +36,7 @@ from orchestrator.report import make_report
 from orchestrator.scheduler import Work
 from orchestrator.statistics import refuse_other_model, write_index
 from orchestrator.works import quantization_works, survey_tasks
-from quantcore.errors import LeaseError, QuantfleetError
+from quantcore.errors import LeaseError, QuantfleetError, SpecError
 from workers.evaluate import read_text
 from workers.layout import (
     KEPT,
@@ -80,6 +81,11 @@ def run_job(
             hashes = survey(prepared.source, prepared.source.tensors)
             refuse_difference(store, previous["identity"], with_content(known, hashes))
             return JobResult(store.url, _read_report(store), already_finished=True)
+    elif begun_first(store) is not None:
+        raise SpecError(
+            f"{store.url}: this job was begun with plan.each_kind, and has its artifacts beside "
+            "it: put that back, or choose another name"
+        )
     beat = Beat.from_environment()
 
     def waiting(holder: dict[str, Any], seconds: float) -> None:

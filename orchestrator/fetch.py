@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from quantcore.errors import SpecError, StoreError
-from workers.layout import MANIFEST, MODEL, hash_file
+from workers.layout import EACH_KIND, MANIFEST, MODEL, hash_file
 from workers.store import Store, missing_parents, safe_name
 
 
 def read_manifest(store: Store) -> dict[str, Any]:
     """The manifest, its shape and its file names checked. Raises StoreError."""
     if not store.exists(MANIFEST):
+        if store.exists(EACH_KIND):
+            raise StoreError(
+                f"{store.url} has an artifact for each kind of hardware: name one of those that "
+                f"quantfleet status {store.url} tells"
+            )
         raise StoreError(
             f"{store.url} has no {MANIFEST}: the job is not finished there (see quantfleet status)"
         )

@@ -66,8 +66,8 @@ class Lease:
         """Leave the job to whoever comes next, at once."""
         self._ended.set()
         self._thread.join()
-        if not self._successor:
-            with contextlib.suppress(QuantfleetError):  # then it is found silent, a little later
+        with contextlib.suppress(QuantfleetError):  # then it is found silent, a little later
+            if not self._successor and not self._store.exists(epoch_name(self.epoch + 1)):
                 self._write_beat(released=True)
 
     def _keep_beating(self) -> None:

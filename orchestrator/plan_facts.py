@@ -30,6 +30,13 @@ def shown(plan: Plan) -> Facts:
     }
 
 
+def errors_told(plan: Plan) -> str:
+    """What its errors are."""
+    if plan.checks:
+        return "errors are in nats a token, by a check of the whole model"
+    return "errors are the linears' relative ones, added up: no whole model was checked"
+
+
 def compared(one: Plan, other: Plan) -> Facts:
     """Two plans side by side, [one, other]; of their layers, those whose choice differs.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.plan_facts import shown
+from orchestrator.plan_facts import errors_told, shown
 from orchestrator.planned import Planned
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.document import Plan, file_name, parse, written
@@ -62,9 +62,7 @@ def facts(plan: Plan, place: str, url: str, warning: str | None) -> dict[str, An
     return {
         "plan": str(Path(place)) if "://" not in place else place,
         "store": url,
-        "errors": "errors are in nats a token, by a check of the whole model"
-        if plan.checks
-        else "errors are the linears' relative ones, added up: no whole model was checked",
+        "errors": errors_told(plan),
         "noise": warning,
         **shown(plan),
     }

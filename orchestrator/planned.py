@@ -31,7 +31,7 @@ class Planned:
     @property
     def name(self) -> str:
         """Where the document stands in the job's folder: plan/NVIDIA_H200.json."""
-        return f"{PLANS}/{file_name(self.plan.hardware).removeprefix('plan-')}"
+        return f"{PLANS}/{_short(self.plan.hardware)}.json"
 
     @property
     def schemes(self) -> Schemes:
@@ -40,6 +40,15 @@ class Planned:
             for layer in self.plan.choice.layers
             for linear in layer.linears
         }
+
+
+def artifact_name(job: str, hardware: HardwareKind) -> str:
+    """Of a job with an artifact for each kind, that for this one: NAME-NVIDIA_H200."""
+    return f"{job}-{_short(hardware)}"
+
+
+def _short(hardware: HardwareKind) -> str:
+    return file_name(hardware).removeprefix("plan-").removesuffix(".json")
 
 
 def read_planned(place: str) -> Planned:
@@ -66,19 +75,19 @@ def left_in_store(spec: JobSpec, fleet: Sequence[Chosen]) -> tuple[Planned, tupl
     """
     plans = [read_planned(place) for place in plans_in_store(spec)]
     mine = next((p for chosen in fleet for p in plans if is_of(p.plan, chosen)), plans[0])
-    if (asked := _asked_otherwise(spec, mine.plan)) is not None:
+    if (asked := asked_otherwise(spec, mine.plan)) is not None:
         raise SpecError(
             f"the plan in the job's folder {asked}: run quantfleet plan again, or write its path"
         )
     others = [one.plan.hardware.label() for one in plans if one is not mine]
     notes = (
         f"one artifact, by one plan: that for {mine.plan.hardware.label()}; not by those for "
-        f"{'; '.join(others)}",
+        f"{'; '.join(others)} (plan.each_kind: true makes one by each)",
     )
     return mine, notes if others else ()
 
 
-def _asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
+def asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
     """In what a plan is not what the job asks for now."""
     planning, budgets = spec.quantization.planning, spec.quantization.planning.budgets
     wanted = Budgets(num_bytes=budgets.num_bytes(), error=budgets.error, time_us=budgets.time_us)

@@ -104,6 +104,10 @@ def _time(seconds: float) -> str:
 
 
 def status_line(facts: dict[str, Any]) -> str:
+    if "artifacts" in facts:
+        return "\n".join(map(status_line, facts["artifacts"]))
+    if facts["blocks"] is None:
+        return f"{facts['job']}: not begun"
     state = "finished" if facts["finished"] else "unfinished"
     return f"{facts['job']}: {state}, {facts['blocks_done']} of {facts['blocks']} blocks"
 
@@ -138,6 +142,31 @@ def print_report(result: Any, log: Path) -> None:
         f"log       {log}",
     )
     for line in lines:
+        OUT.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def print_artifacts(artifacts: list[dict[str, Any]], log: Path) -> None:
+    """What a job with an artifact for each kind made: predictions are their plans'."""
+    table = Table("predicted", "time (us)", "error", "bytes", "artifact", box=None, pad_edge=False)
+    for facts in artifacts:
+        said = facts["predicted"]
+        figures = (f"{said['time_us']:.6g}", f"{said['error']:.6g}", str(said["num_bytes"]))
+        table.add_row(escape(facts["job"]), *figures, f"{facts['bytes'] / 1e6:.1f} MB")
+    OUT.print(table)
+    if any(facts["evaluation"] for facts in artifacts):
+        print_metrics({facts["job"]: facts["evaluation"] for facts in artifacts})
+    for facts in artifacts:
+        done = " (finished already)" if facts["already_finished"] else ""
+        for line in (
+            f"{facts['job']}{done}",
+            f"  made for  {facts['hardware']}",
+            f"  {facts['inputs']}",
+            f"  plan      {facts['plan']}",
+            f"  fetch it  quantfleet fetch {facts['store']} ./out",
+        ):
+            OUT.print(escape(line), highlight=False, soft_wrap=True)
+    errors = {facts["errors"] for facts in artifacts}
+    for line in (*sorted(errors), f"log       {log}"):
         OUT.print(escape(line), highlight=False, soft_wrap=True)
 
 

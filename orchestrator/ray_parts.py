@@ -1,8 +1,8 @@
 """Where results' parts are, and the way from there to whoever reads them.
 
 A CPU's parts go to Ray's object store. Those of an accelerator stay with the worker that made them,
-on its device (workers/kept.py): it reads them itself as they are; a worker on another GPU of the
-same machine copies them out of its memory; to all others they are sent through the object store,
+on its device (workers/kept.py): it copies them when it reads them, and so does a worker on another
+GPU of the same machine, out of its memory; to all others they are sent through the object store,
 once they are asked for.
 """
 
@@ -31,13 +31,14 @@ class Parts:
     def __init__(self) -> None:
         self._refs: dict[str, list[Any]] = {}  # in the object store
         self._makers: dict[str, Maker] = {}  # of parts that stay
-        self._placed: dict[str, tuple[Any, ...]] = {}  # where those are in their makers' memory
+        # where those are in memory that others can map; None: they are not
+        self._placed: dict[str, tuple[Any, ...] | None] = {}
         self._mapped: set[tuple[int, int, int]] = set()  # reader, maker, slab
 
     def put(self, assignment: str, refs: list[Any]) -> None:
         self._refs[assignment] = refs
 
-    def stay(self, assignment: str, maker: Maker, placed: tuple[Any, ...]) -> None:
+    def stay(self, assignment: str, maker: Maker, placed: tuple[Any, ...] | None) -> None:
         self._makers[assignment], self._placed[assignment] = maker, placed
 
     def input_for(self, reader: Maker, assignment: str, part: int) -> Any:
@@ -47,8 +48,10 @@ class Parts:
             return self._refs[assignment][part]
         if maker.number == reader.number:
             return Own(assignment, part)
-        if maker.node == reader.node and maker.gpu and maker.gpu in reader.sees:
-            return self._near(reader, maker, self._placed[assignment][part])
+        placed = self._placed[assignment]
+        sees = maker.node == reader.node and maker.gpu and maker.gpu in reader.sees
+        if placed is not None and sees:
+            return self._near(reader, maker, placed[part])
         return _asked(maker, "send", assignment, part)
 
     def _near(self, reader: Maker, maker: Maker, placed: Any) -> Near:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from jobs.load import Document
 from jobs.spec import EvaluationSpec, JobSpec
 from orchestrator.driver import finished_keys
+from orchestrator.each_stored import artifacts_in, stored_each
 from orchestrator.fetch import fetch
 from orchestrator.identity import stored_job
 from quantcore.errors import SourceError, SpecError, StoreError
@@ -68,7 +69,13 @@ def _kept_plan(store: Store) -> str:
 
 
 def job_status(store: Store) -> dict[str, Any]:
+    """How far a job has come; with an artifact for each kind, how far each of them has."""
     began = stored_job(store)
+    if began is None and stored_each(store) is not None:
+        each = [_begun_or_not(one) for one in artifacts_in(store)]
+        finished = all(facts["finished"] for facts in each)
+        name = store.url.rpartition("/")[2]
+        return {"job": name, "store": store.url, "artifacts": each, "finished": finished}
     if began is None:
         raise StoreError(f"{store.url} holds no job: see quantfleet list")
     kept, total = kept_blocks(store)
@@ -80,6 +87,13 @@ def job_status(store: Store) -> dict[str, Any]:
         "blocks_done": kept,
         "finished": store.exists(MANIFEST),
     }
+
+
+def _begun_or_not(store: Store) -> dict[str, Any]:
+    if stored_job(store) is not None:
+        return job_status(store)
+    name = store.url.rpartition("/")[2]
+    return {"job": name, "store": store.url, "blocks": None, "blocks_done": 0, "finished": False}
 
 
 def kept_blocks(store: Store) -> tuple[int, int]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.load import Document, read_document, resolve_paths, validate
+from jobs.load import Document
 from jobs.spec import EvaluationSpec, JobSpec
-from orchestrator.checks import Look, Prepared, look_here, prepare
+from orchestrator.checks import Look, Prepared, look_here, prepare, read_job
 from orchestrator.identity import stored_job
 from orchestrator.machines import Chosen
+from orchestrator.planned import artifact_name
 from orchestrator.team import Team
 from quantcore.autoquant.asking import Features, legal
 from quantcore.autoquant.candidates import Candidate, schemes_of
@@ -24,7 +25,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
-from quantcore.errors import Fault, JobFaults, ResourceError, SourceError, SpecError
+from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER
 from quantcore.schemes import Scheme
@@ -77,11 +78,7 @@ class ToPlan:
 
 def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     """Raises JobFaults with every fault found, SpecError for a job that is not to be planned."""
-    document = read_document(path)
-    spec, faults = validate(document)
-    if spec is None:
-        raise JobFaults(str(path), faults)
-    spec = resolve_paths(spec, path.absolute().parent)
+    spec, document, faults = read_job(path)
     if spec.quantization.method != "plan":
         raise SpecError(f"{path}: quantization.method: {spec.quantization.method} needs no plan")
     _refuse_begun(spec)
@@ -93,6 +90,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     dtype = prepared.plan.contract.compute_dtype
     kinds = _kinds(spec, prepared, families, dtype)
     _refuse_namesakes(kinds)
+    _refuse_followed(spec, kinds)
     budgets = spec.quantization.planning.budgets
     return ToPlan(
         spec=spec,
@@ -121,6 +119,18 @@ def _refuse_begun(spec: JobSpec) -> None:
             f"{store.url}: the job was begun, and follows the plan that is there: write another "
             "name for another plan"
         )
+
+
+def _refuse_followed(spec: JobSpec, kinds: Sequence[Kind]) -> None:
+    """With each_kind: a kind whose artifact was begun; others may still be planned, and added."""
+    for kind in kinds:
+        name = artifact_name(spec.name, kind.hardware)
+        store = open_store(f"{spec.output.store.rstrip('/')}/{name}")
+        if stored_job(store) is not None:
+            raise SpecError(
+                f"{store.url}: the job was begun, and follows the plan that is there: write "
+                "another name for another plan"
+            )
 
 
 def _rounded(spec: JobSpec) -> JobSpec:

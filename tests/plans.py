@@ -31,10 +31,11 @@ def plan_of(
     labels: Mapping[str, str],
     hardware: HardwareKind | None = None,
     shapes: Mapping[str, tuple[int, int]] | None = None,
+    error: float = 0,
 ) -> Plan:
     """Each linear a layer of its own, with nothing to choose from."""
     layers = [
-        Layer(name=name, linears=(name,), options=(option(label, 1, 1, 0),))
+        Layer(name=name, linears=(name,), options=(option(label, 1, 1, error),))
         for name, label in labels.items()
     ]
     return chosen_from(layers, "time", Budgets(), hardware or here(), shapes)

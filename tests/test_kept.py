@@ -10,19 +10,22 @@ from hypothesis import strategies as st
 
 from workers.arena import Arena, Region
 from workers.kept import Kept, Mapped, Near, regions_of
+from workers.parcels import mapped
 
 CPU = torch.device("cpu")
 
 
-def _part() -> dict[str, Any]:
-    return {
+def _part(device: str = "cpu") -> dict[str, Any]:
+    part = {
         "sum": torch.randn(5, 7),
-        "rows": (torch.arange(4.0).bfloat16(), 3),
+        "rows": (torch.arange(4.0).half(), 3),
         "turned": torch.randn(6, 2).T,
         "codes": torch.arange(9, dtype=torch.int8),
         "nothing": torch.empty(0, 3),
         "one": torch.tensor(2.5, dtype=torch.float64),
     }
+    moved: dict[str, Any] = mapped(part, torch.Tensor, lambda tensor: tensor.to(device))
+    return moved
 
 
 def _assert_same(one: Any, other: Any) -> None:
@@ -40,6 +43,33 @@ def test_what_is_kept_is_what_was_given() -> None:
     kept.drop("a")
     kept.drop("a")
     assert kept.part("a", 0) is None
+
+
+def test_what_was_read_outlives_what_was_kept() -> None:
+    kept, part = Kept(CPU), _part()
+    kept.keep("a", (part,))
+    read = kept.part("a", 0)
+    kept.drop("a")
+    kept.keep("b", ({"other": torch.full((1000,), 7.0)},))
+    _assert_same(read, part)
+
+
+def test_what_finds_no_room_is_kept_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, part = Kept(CPU), _part()
+    place, left = Arena.place, [3]
+
+    def no_room(arena: Arena, tensor: torch.Tensor) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError
+        return place(arena, tensor)
+
+    monkeypatch.setattr(Arena, "place", no_room)
+    assert kept.keep("a", (part,)) is None
+    assert kept._arena._free == [Region(0, 0, 2**28)], "what was placed first came free again"
+    _assert_same(kept.part("a", 0), part)
+    assert kept.packed("a", 0)["sum"].tolist() == part["sum"].tolist()
+    kept.drop("a")
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +104,7 @@ def _lender(to: Any, back: Any) -> None:
     kept = Kept(torch.device("cuda"))
     torch.manual_seed(0)
     for name in ("before", "read"):
-        placed = kept.keep(name, (torch.randn(1000, 30, device="cuda"), _part()))
+        placed = kept.keep(name, (torch.randn(1000, 30, device="cuda"), _part("cuda")))
     torch.cuda.synchronize()
     slabs = {region.slab for region in regions_of(placed)}
     to.send((placed, {slab: kept.lend(slab) for slab in slabs}))
@@ -96,18 +126,18 @@ def test_another_process_reads_what_is_kept_and_needs_no_new_mapping() -> None:
     process.start()
     try:
         placed, slabs = ours.recv()
-        mapped = Mapped()
+        near = Mapped()
         for slab, told in slabs.items():
-            mapped.add(3, slab, told)
+            near.add(3, slab, told)
         wanted = ours.recv()
-        parts = [mapped.part(Near(3, part, {})) for part in placed]
+        parts = [near.part(Near(3, part, {})) for part in placed]
         torch.testing.assert_close(parts[0].cpu(), wanted[0], rtol=0, atol=0)
         torch.testing.assert_close(parts[1]["sum"].cpu(), wanted[1], rtol=0, atol=0)
         questions.send(None)
         (again,) = ours.recv()
-        there = mapped.part(Near(3, again, {}))
+        there = near.part(Near(3, again, {}))
         assert bool((there == 7.0).all()), "put where something else was dropped"
-        mapped.forget(3)
+        near.forget(3)
         questions.send(None)
     finally:
         process.join(60)

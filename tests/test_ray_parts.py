@@ -140,6 +140,8 @@ def test_who_reads_decides_the_way() -> None:
     assert parts.input_for(beside, "kept", 2) == Near(0, {"sum": placed}, {})
     assert parts.input_for(blind, "kept", 2) == parts.input_for(far, "kept", 2)
     assert parts.input_for(far, "kept", 2) == ("send", "kept", 2)
+    parts.stay("on the host", maker, None)
+    assert parts.input_for(beside, "on the host", 0) == ("send", "on the host", 0)
     assert not parts.lost(beside)
     assert parts.lost(maker)
     parts.release("kept")  # which is gone: nothing is asked of it

@@ -108,7 +108,7 @@ class Held:
         for chunk in chunks:
             held = self._chunks[chunk]
             assert held.block == block
-            batches = _packed(held).hidden
+            batches = [data.cpu() for data in _packed(held).hidden]
             tensors = {str(number): data for number, data in enumerate(batches)}
             with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
                 file = Path(scratch) / "chunk.safetensors"
@@ -154,8 +154,8 @@ class Held:
 
 
 def pack(block: int, hidden: Iterable[Tensor]) -> HeldChunk:
-    """Micro-batches of hidden states as bytes, to be sent."""
-    batches = (h_BLH.cpu().contiguous().flatten().view(torch.uint8) for h_BLH in hidden)
+    """Micro-batches of hidden states as bytes, where they are."""
+    batches = (h_BLH.contiguous().flatten().view(torch.uint8) for h_BLH in hidden)
     return HeldChunk(block, tuple(batches))
 
 

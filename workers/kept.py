@@ -1,7 +1,7 @@
 """Results' parts that stay with the worker that made them, on its device, and who reads them.
 
-Its own process reads them as they are. Processes on other GPUs of the machine map its slabs
-(arena.py) and copy out of them. To all others they go as arrays, once they are asked for.
+Its own process copies them. Processes on other GPUs of the machine map its slabs (arena.py) and
+copy out of them. To all others they go as arrays, once they are asked for.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcore.errors import ResourceError
 from workers.arena import Arena, Placed, Region
-from workers.parcels import Lent, borrowed, lent, mapped, packed
+from workers.parcels import Lent, borrowed, lent, mapped, packed, unpacked
 
 Slab = tuple[int, int]  # whose, and its number there
 
@@ -39,28 +38,48 @@ class Kept:
     """Parts of results by the names of their assignments."""
 
     def __init__(self, device: torch.device) -> None:
-        self._arena = Arena(device)
+        self._device, self._arena = device, Arena(device)
         self._parts: dict[str, tuple[Any, ...]] = {}
 
-    def keep(self, name: str, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    def keep(self, name: str, parts: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The parts with Placed for each tensor, to be told to those who may read them.
 
-        Raises ResourceError where the device has no room for them.
+        None where they are on the host, or the device has no room for them: they are to be sent.
         """
+        devices: set[str] = set()
+        mapped(parts, Tensor, lambda tensor: devices.add(tensor.device.type))
+        if devices - {self._device.type}:
+            self._parts[name] = packed(parts)
+            return None
+        taken: list[Placed] = []
+
+        def place(tensor: Tensor) -> Placed:
+            taken.append(self._arena.place(tensor))
+            return taken[-1]
+
         try:
-            self._parts[name] = mapped(parts, Tensor, self._arena.place)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{name}: its results found no room: {error}") from None
-        return self._parts[name]
+            placed: tuple[Any, ...] = mapped(parts, Tensor, place)
+        except torch.OutOfMemoryError:
+            self._arena.free(one.region for one in taken)
+            self._parts[name] = packed(parts)
+            return None
+        self._parts[name] = placed
+        return placed
 
     def part(self, name: str, number: int) -> Any:
-        """On this device; None if it is not here."""
-        parts = self._parts.get(name)
-        return None if parts is None else mapped(parts[number], Placed, self._arena.at)
+        """On this device, in memory of its own: it may be held longer than it is kept here.
+
+        None if it is not here.
+        """
+        there = mapped(self._there(name, number), Tensor, Tensor.clone)
+        return unpacked(there, self._device)
 
     def packed(self, name: str, number: int) -> Any:
-        part = self.part(name, number)
-        return None if part is None else packed(part)
+        return packed(self._there(name, number))
+
+    def _there(self, name: str, number: int) -> Any:
+        parts = self._parts.get(name)
+        return None if parts is None else mapped(parts[number], Placed, self._arena.at)
 
     def lend(self, slab: int) -> Lent:
         """For one other process, which keeps it mapped."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 JOB = "ledger/job.json"
+EACH_KIND = "ledger/each-kind.json"  # of a job whose artifacts are jobs of their own
 CALIBRATION = "ledger/calibration.jsonl"  # the token ids, a row for each sequence
 EVALUATION = "ledger/evaluation.txt"  # the part of the text that is measured
 KEPT = "activations"

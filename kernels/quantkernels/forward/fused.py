@@ -44,11 +44,17 @@ def norm_warps(block: int) -> int:
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype == up.dtype
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    if gate.numel():
-        programs = triton.cdiv(gate.numel(), PRODUCT_BLOCK)
-        _silu_product[(programs,)](gate, up, out, gate.numel(), PRODUCT_BLOCK)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if not gate.numel():
+        return out
+    # linears that were joined give parts of one result's rows
+    whole = gate.is_contiguous() and up.is_contiguous()
+    width = gate.numel() if whole else gate.shape[-1]
+    gate_TI, up_TI = gate.reshape(-1, width), up.reshape(-1, width)
+    blocks = triton.cdiv(width, PRODUCT_BLOCK)
+    _silu_product[(len(gate_TI) * blocks,)](
+        gate_TI, up_TI, out, width, blocks, *gate_TI.stride(), *up_TI.stride(), PRODUCT_BLOCK
+    )
     return out
 
 
@@ -165,11 +171,23 @@ def _rounded_product(left, right):
 
 
 @triton.jit
-def _silu_product(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    stored = tl.load(gate_ptr + at, mask=inside, other=0.0)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _silu_product(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    width,
+    blocks,
+    gate_T,
+    gate_I,
+    up_T,
+    up_I,
+    BLOCK: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    at = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    stored = tl.load(gate_ptr + row * gate_T + at * gate_I, mask=inside, other=0.0)
+    up = tl.load(up_ptr + row * up_T + at * up_I, mask=inside, other=0.0).to(tl.float32)
     gate = stored.to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(stored.dtype).to(tl.float32)
-    tl.store(out_ptr + at, (silu * up).to(stored.dtype), mask=inside)
+    tl.store(out_ptr + row * width + at, (silu * up).to(stored.dtype), mask=inside)

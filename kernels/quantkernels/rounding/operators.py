@@ -8,83 +8,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from quantkernels.grids import GridName
+from quantkernels.opaque import opaque
 from quantkernels.rounding.reference import InputGrid
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@custom_op("quantkernels::round_by_token", mutates_args=())
-def by_token(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
-    from quantkernels.rounding import fused
-
-    return fused.by_token(x_TI, _grid(name, qmin, qmax, symmetric))
-
-
-@by_token.register_fake
-def _(x_TI: Tensor, *_grid: object) -> Three:
-    return outputs(x_TI, (*x_TI.shape[:-1], 1))
-
-
-@custom_op("quantkernels::round_by_tensor", mutates_args=())
-def by_tensor(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
-    from quantkernels.rounding import fused
-
-    return fused.by_tensor(x_TI, _grid(name, qmin, qmax, symmetric))
-
-
-@by_tensor.register_fake
-def _(x_TI: Tensor, *_grid: object) -> Three:
-    return outputs(x_TI, ())
-
-
-@custom_op("quantkernels::round_by_scale", mutates_args=())
-def by_scale(
-    x_TI: Tensor, scale: Tensor, name: str, qmin: int, qmax: int, symmetric: bool
-) -> Three:
-    from quantkernels.rounding import fused
-
-    return fused.by_scale(x_TI, scale, _grid(name, qmin, qmax, symmetric))
-
-
-@by_scale.register_fake
-def _(x_TI: Tensor, scale: Tensor, *_grid: object) -> Three:
-    return outputs(x_TI, ())
-
-
-@custom_op("quantkernels::norm_and_round", mutates_args=())
-def norm(
-    x_TI: Tensor,
-    weight_I: Tensor,
-    eps: float,
-    form: str,
-    scale: Tensor | None,
-    keep: bool,
-    name: str,
-    qmin: int,
-    qmax: int,
-    symmetric: bool,
-) -> Four:
-    from quantkernels.rounding import fused
-
-    return fused.norm(x_TI, weight_I, eps, form, scale, keep, _grid(name, qmin, qmax, symmetric))
-
-
-@norm.register_fake
-def _(
-    x_TI: Tensor,
-    weight_I: Tensor,
-    eps: float,
-    form: str,
-    scale: Tensor | None,
-    keep: bool,
-    *_grid: object,
-) -> Four:
-    spans = (*x_TI.shape[:-1], 1) if scale is None else ()
-    return *outputs(x_TI, spans), kept(x_TI, keep)
 
 
 def outputs(x_TI: Tensor, spans: tuple[int, ...]) -> Three:
@@ -102,3 +32,65 @@ def kept(x_TI: Tensor, keep: bool) -> Tensor:
 
 def _grid(name: str, qmin: int, qmax: int, symmetric: bool) -> InputGrid:
     return InputGrid(cast(GridName, name), qmin, qmax, symmetric)
+
+
+def _one_for_each(x_TI: Tensor, *_grid: object) -> Three:
+    return outputs(x_TI, (*x_TI.shape[:-1], 1))
+
+
+def _one_for_all(x_TI: Tensor, *_grid: object) -> Three:
+    return outputs(x_TI, ())
+
+
+def _normed(
+    x_TI: Tensor,
+    _weight_I: Tensor,
+    _eps: float,
+    _form: str,
+    scale: Tensor | None,
+    keep: bool,
+    *_grid: object,
+) -> Four:
+    spans = (*x_TI.shape[:-1], 1) if scale is None else ()
+    return *outputs(x_TI, spans), kept(x_TI, keep)
+
+
+@opaque("quantkernels::round_by_token", _one_for_each)
+def by_token(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_token(x_TI, _grid(name, qmin, qmax, symmetric))
+
+
+@opaque("quantkernels::round_by_tensor", _one_for_all)
+def by_tensor(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_tensor(x_TI, _grid(name, qmin, qmax, symmetric))
+
+
+@opaque("quantkernels::round_by_scale", _one_for_all)
+def by_scale(
+    x_TI: Tensor, scale: Tensor, name: str, qmin: int, qmax: int, symmetric: bool
+) -> Three:
+    from quantkernels.rounding import fused
+
+    return fused.by_scale(x_TI, scale, _grid(name, qmin, qmax, symmetric))
+
+
+@opaque("quantkernels::norm_and_round", _normed)
+def norm(
+    x_TI: Tensor,
+    weight_I: Tensor,
+    eps: float,
+    form: str,
+    scale: Tensor | None,
+    keep: bool,
+    name: str,
+    qmin: int,
+    qmax: int,
+    symmetric: bool,
+) -> Four:
+    from quantkernels.rounding import fused
+
+    return fused.norm(x_TI, weight_I, eps, form, scale, keep, _grid(name, qmin, qmax, symmetric))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkernels.launches import Codes, Launch, Shape, choose, gpu_of
+from quantkernels.opaque import opaque
 from quantkernels.w8a8 import reference, vendor
 from quantkernels.w8a8.tiles import Tiles8
 
@@ -81,7 +82,11 @@ def compile_for(
     fused.linear(codes_TI, scale_T, zero_T, weight, None, dtype, launch, compile_only=True)
 
 
-@torch.library.custom_op("quantkernels::w8a8_linear", mutates_args=())
+def _fake(codes_TI: Tensor, *args: Any) -> Tensor:
+    return codes_TI.new_empty(codes_TI.shape[0], args[8], dtype=args[10])
+
+
+@opaque("quantkernels::w8a8_linear", _fake)
 def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
     codes_TI: Tensor,
     scale_T: Tensor,
@@ -113,8 +118,3 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     from quantkernels.w8a8 import fused
 
     return fused.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype, launch)
-
-
-@_linear.register_fake
-def _(codes_TI: Tensor, *args: Any) -> Tensor:
-    return codes_TI.new_empty(codes_TI.shape[0], args[8], dtype=args[10])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkernels.grids import GridName
 from quantkernels.launches import Codes, Launch, Shape, choose, gpu_of
+from quantkernels.opaque import opaque
 from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
 
@@ -94,7 +95,11 @@ def pack(codes_OI: Tensor, kind: Codes) -> Tensor:
     return tiles.pack_codes(codes_OI, kind)
 
 
-@torch.library.custom_op("quantkernels::weight_only_linear", mutates_args=())
+def _fake(x_TI: Tensor, *args: Any) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], args[7])
+
+
+@opaque("quantkernels::weight_only_linear", _fake)
 def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no dataclass
     x_TI: Tensor,
     codes_RPBW: Tensor,
@@ -127,8 +132,3 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     if launch.other:
         return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
     return fused.linear(x_TI, weight, bias_O, launch)
-
-
-@_linear.register_fake
-def _(x_TI: Tensor, *args: Any) -> Tensor:
-    return x_TI.new_empty(x_TI.shape[0], args[7])
