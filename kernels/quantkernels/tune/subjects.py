@@ -47,7 +47,7 @@ def candidates(shape: Shape, units: int, *, hopper: bool) -> Iterator[Launch]:
         yield from _overlapped(shape, units)
     if shape.tokens >= 128:
         yield OTHER
-    if shape.kernel == "weight_only" and shape.tokens > 2048:
+    if shape.kernel == "weight_only" and shape.tokens > (128 if hopper else 2048):
         return
     padded = 1 << (shape.tokens - 1).bit_length()
     widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 256 else (128, 256)
@@ -73,7 +73,7 @@ def _overlapped(shape: Shape, units: int) -> Iterator[Launch]:
     padded = max(64, 1 << (shape.tokens - 1).bit_length())
     widths = (64,) if padded == 64 else (64, 128) if padded == 128 else (128, 256)
     for tokens, (rows, warps), stages, split in product(
-        widths, ((128, 4), (128, 8), (256, 8)), (2, 3, 4, 5), SPLITS
+        widths, ((128, 4), (128, 8), (256, 8)), (3, 4, 5), SPLITS
     ):
         launch = Launch(
             rows=rows,

@@ -53,9 +53,10 @@ def linear(
     turn = max(launch.turn, piece, weight.group)  # another kind's launch, or another group's
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // turn)
     split = min(launch.split, turns)
-    parts = out_TO
+    parts = counters = out_TO
     if split > 1:
         parts = torch.empty(split, count, height, launch.tokens, device=x_TI.device)
+        counters = arrivals(x_TI.device, count)
     grid = (count * split,)
     run = partial(product.warmup, grid=grid) if compile_only else product[grid]
     zero = "none" if weight.zero is None else weight.grid
@@ -68,7 +69,7 @@ def linear(
         x_TI if bias_O is None else bias_O,
         out_TO,
         parts,
-        arrivals(x_TI.device, count if split > 1 else 0),
+        counters,
         tokens,
         rows,
         columns,

@@ -63,9 +63,10 @@ def linear(
     count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // TURN)
     split = min(launch.split, turns)
-    parts = out_TO
+    parts = counters = out_TO
     if split > 1:
         parts = torch.empty(split, count, height, launch.tokens, device=x_TI.device)
+        counters = arrivals(x_TI.device, count)
     grid = (count * split,)
     run = partial(overlapped.warmup, grid=grid) if compile_only else overlapped[grid]
     codes_LW = weight.codes_RPBW.view(-1, tiles.WORDS)  # lines of all tiles, one after another
@@ -78,7 +79,7 @@ def linear(
         x_TI if bias_O is None else bias_O,
         out_TO,
         parts,
-        arrivals(x_TI.device, count if split > 1 else 0),
+        counters,
         tokens,
         rows,
         turns,
