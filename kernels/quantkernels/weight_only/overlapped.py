@@ -1,10 +1,11 @@
 """The product for many tokens on Hopper: codes become values while matrix units multiply others.
 
 The same tiles and the same sums as `product.py`'s with scaled values, in Gluon, which lets a
-program say when it waits. Tiles and inputs come by the tensor memory accelerator, some turns ahead.
-A turn's 128 columns are two products of 64: while one is under way, the values of the next are
-made, and no product is waited for before another is begun. (Triton's own pipeline waits for each
-product whose left operand is in registers.)
+program say when it waits. A turn's 128 columns are two products of 64: while one is under way, the
+values of the next are made, and no product is waited for before another is begun. (Triton's own
+pipeline waits for each product whose left operand is in registers.) Tiles and inputs come by the
+tensor memory accelerator, some units ahead: a unit is a piece of the tiles, 64 bytes of a row, with
+the inputs beside it. That is a turn of 4-bit codes, and half of one of 8-bit codes.
 
 Inputs have 16-byte aligned rows. Spans of columns are added up as in `ending.py`, by the last of a
 tile's programs to come, in their order.
@@ -37,7 +38,7 @@ WORDS = gl.constexpr(tiles.WORDS)
 # as Triton calls it from 3.7 on, and before
 copied = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-TURN = 128  # columns, of which the inputs come in two halves
+TURN = 128  # columns, of which the inputs come by halves
 INPUTS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 CODES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 
@@ -124,7 +125,8 @@ def overlapped(
     PTX: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    PIECES: gl.constexpr = BITS // 4  # of a turn
+    PIECES: gl.constexpr = BITS // 4  # units of a turn
+    HALVES: gl.constexpr = 2 // PIECES  # of a turn, in a unit
     GROUPS: gl.constexpr = 128 // GROUP if GROUP > 0 else 0  # of a turn
     dtype: gl.constexpr = x_desc.dtype
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 16])
@@ -138,17 +140,16 @@ def overlapped(
     across = gl.cdiv(tokens, TOKENS)
     top = tile // across * ROWS
     token = tile % across * TOKENS
-    x_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, TOKENS, 64], x_desc.layout)
-    codes_smem = gl.allocate_shared_memory(
-        gl.int16, [PIECES * STAGES, ROWS, WORDS], codes_desc.layout
-    )
+    x_smem = gl.allocate_shared_memory(dtype, [HALVES * STAGES, TOKENS, 64], x_desc.layout)
+    codes_smem = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, WORDS], codes_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for at in gl.static_range(STAGES):
         mbarrier.init(full.index(at), count=1)
+    begin, end, units = first * PIECES, last * PIECES, turns * PIECES
     for at in gl.static_range(STAGES):
         _fetch(
-            x_desc, codes_desc, x_smem, codes_smem, full, top, token, first + at, turns, at,
-            first + at < last, ROWS, TOKENS, PIECES,
+            x_desc, codes_desc, x_smem, codes_smem, full, top, token, begin + at, units, at,
+            begin + at < end, ROWS, TOKENS, HALVES,
         )  # fmt: skip
 
     inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, left))
@@ -161,29 +162,37 @@ def overlapped(
     scales = _of_groups(scale_ptr, first < last, GROUPS)
     zeros = _of_groups(zero_ptr, (first < last) & (ZERO != "none"), GROUPS)
     for turn in range(first, last):
-        stage = (turn - first) % STAGES
-        mbarrier.wait(full.index(stage), (turn - first) // STAGES & 1)
-        words = codes_smem.index(PIECES * stage).load(left)
+        unit = (turn - first) * PIECES
+        stage = unit % STAGES
+        mbarrier.wait(full.index(stage), unit // STAGES & 1)
+        words = codes_smem.index(stage).load(left)
         one = _values(words, scales, zeros, 0, left, dtype, BITS, GROUP, ZERO, EXCESS, PTX)
-        sums = warpgroup_mma(one, x_smem.index(2 * stage).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma(one, x_smem.index(HALVES * stage).permute((1, 0)), sums, is_async=True)
         sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[sums]))
-        # the turn before is done with, by this warp; and by all at the barrier that a copy asks for
-        more = turn + STAGES - 1
+        # the unit before is done with, by this warp; and by all at the barrier that a copy asks for
+        more = begin + unit + STAGES - 1
         _fetch(
-            x_desc, codes_desc, x_smem, codes_smem, full, top, token, more, turns,
-            (more - first) % STAGES, (turn > first) & (more < last), ROWS, TOKENS, PIECES,
+            x_desc, codes_desc, x_smem, codes_smem, full, top, token, more, units,
+            (unit + STAGES - 1) % STAGES, (unit > 0) & (more < end), ROWS, TOKENS, HALVES,
         )  # fmt: skip
         if PIECES == 2:
-            words = codes_smem.index(PIECES * stage + 1).load(left)
+            stage = (unit + 1) % STAGES
+            mbarrier.wait(full.index(stage), (unit + 1) // STAGES & 1)
+            words = codes_smem.index(stage).load(left)
         other = _values(words, scales, zeros, 1, left, dtype, BITS, GROUP, ZERO, EXCESS, PTX)
         scale_ptr += GROUPS * BLOCK
         zero_ptr += GROUPS * BLOCK
         scales = _of_groups(scale_ptr, turn + 1 < last, GROUPS)
         zeros = _of_groups(zero_ptr, (turn + 1 < last) & (ZERO != "none"), GROUPS)
-        sums = warpgroup_mma(
-            other, x_smem.index(2 * stage + 1).permute((1, 0)), sums, is_async=True
-        )
+        x_last = x_smem.index(HALVES * stage + HALVES - 1)
+        sums = warpgroup_mma(other, x_last.permute((1, 0)), sums, is_async=True)
         sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[sums, one, other])[0])
+        if PIECES == 2:
+            more = begin + unit + STAGES
+            _fetch(
+                x_desc, codes_desc, x_smem, codes_smem, full, top, token, more, units,
+                unit % STAGES, more < end, ROWS, TOKENS, HALVES,
+            )  # fmt: skip
     total = warpgroup_mma_wait(0, deps=[sums])
     x_smem._keep_alive()
     codes_smem._keep_alive()
@@ -218,27 +227,25 @@ def _fetch(
     full,
     top,
     token,
-    turn,
-    turns,
+    unit,
+    units,
     stage,
     wanted,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
-    PIECES: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
-    """Begins to copy a turn's inputs and codes."""
+    """Begins to copy a unit's inputs and codes."""
     LINES: gl.constexpr = min(ROWS, 128)  # of a block, at once
     here = full.index(stage)
-    mbarrier.expect(here, TOKENS * 256 + PIECES * ROWS * 64, pred=wanted)
-    for half in gl.static_range(2):
-        copied(
-            x_desc, [token, turn * 128 + half * 64], here, x_smem.index(2 * stage + half), wanted
-        )
-    for piece in gl.static_range(PIECES):
-        for block in gl.static_range(ROWS // LINES):
-            line = ((top // 128 + block) * turns + turn) * PIECES + piece
-            into = codes_smem.index(PIECES * stage + piece).slice(block * LINES, LINES)
-            copied(codes_desc, [line * 128 + top % 128, 0], here, into, wanted)
+    mbarrier.expect(here, TOKENS * HALVES * 128 + ROWS * 64, pred=wanted)
+    for half in gl.static_range(HALVES):
+        column = (unit * HALVES + half) * 64
+        copied(x_desc, [token, column], here, x_smem.index(HALVES * stage + half), wanted)
+    for block in gl.static_range(ROWS // LINES):
+        line = ((top // 128 + block) * units + unit) * 128
+        into = codes_smem.index(stage).slice(block * LINES, LINES)
+        copied(codes_desc, [line + top % 128, 0], here, into, wanted)
 
 
 @gluon.jit
