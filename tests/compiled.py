@@ -21,6 +21,7 @@ POINTERS = {
     "parts_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
+MANY = {"ROWS": 256, "TOKENS": 128, "STAGES": 4, "WARPS": 8, "num_warps": 8}
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
 # kernel, codes, size of a group, zero point, PTX or plain operations, other constants
 CASES: list[Case] = [
@@ -32,6 +33,10 @@ CASES: list[Case] = [
     ("product", "float8", 0, "none", True, {"EVEN": False}),
     ("product", "int4", 32, "affine", False, {"SPLIT": 2}),
     ("product", "float8", 0, "none", False, {}),
+    ("overlapped", "int4", 128, "none", True, MANY),
+    ("overlapped", "int4", 64, "affine", True, MANY | {"BIAS": True}),
+    ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
+    ("overlapped", "float8", 0, "none", True, MANY | {"TOKENS": 64, "STAGES": 3}),
     ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
     ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
     ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
@@ -46,11 +51,12 @@ def compiled(
 ) -> dict[str, int | bool]:
     import triton
     from quantkernels.w8a8 import fused as w8a8
-    from quantkernels.weight_only import fused, product
+    from quantkernels.weight_only import fused, overlapped, product
     from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     dtype = torch.bfloat16
-    scaled = bool(other.get("EARLY")) or (name == "_dense" and group > 0)
+    scaled = bool(other.get("EARLY")) or (name in ("_dense", "overlapped") and group > 0)
     constants = {
         "x_I": 1, "BIAS": False, "EVEN": True, "EARLY": False, "ROWS": 128, "TOKENS": 16,
         "SPLIT": 1, "TURN": 128, "STAGES": 3, "BITS": BITS[kind], "FLOAT8": kind == "float8",
@@ -71,14 +77,23 @@ def compiled(
         }  # fmt: skip
     constants |= other
     options = {"num_warps": other.get("num_warps", 4)}
-    kernels = {"product": product.product, "_dense": fused._dense, "w8a8": w8a8._linear}
+    if name == "overlapped":
+        lines = min(constants["ROWS"], 128)
+        pointers = POINTERS | {
+            "x_desc": f"tensordesc<bf16[{constants['TOKENS']}, 64],{overlapped.INPUTS!r}>",
+            "codes_desc": f"tensordesc<i16[{lines}, 32],{overlapped.CODES!r}>",
+        }
+    kernels = {
+        "product": product.product, "overlapped": overlapped.overlapped, "_dense": fused._dense,
+        "w8a8": w8a8._linear,
+    }  # fmt: skip
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature = {
         argument: "constexpr"
         if argument in constants
         else pointers.get(argument, "*bf16")
-        if argument.endswith("_ptr")
+        if argument.endswith(("_ptr", "_desc"))
         else "i32"
         for argument in kernel.arg_names
     }
@@ -87,7 +102,8 @@ def compiled(
         for at, argument in enumerate(kernel.arg_names)
         if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T", "codes_O")
     }
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    source_of = GluonASTSource if name == "overlapped" else triton.compiler.ASTSource
+    source = source_of(kernel, signature, constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     cubin = made.asm["cubin"]

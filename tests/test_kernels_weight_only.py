@@ -169,6 +169,14 @@ LAUNCHES = [
     Launch(rows=32, tokens=32, split=1, turn=256, stages=2, warps=4, early=True),
 ]
 
+if ON_GPU:  # which the interpreter cannot be
+    many = {"turn": 128, "early": True, "overlapped": True}
+    LAUNCHES += [
+        Launch(rows=128, tokens=64, split=1, stages=3, warps=4, **many),
+        Launch(rows=256, tokens=128, split=2, stages=3, warps=8, **many),
+        Launch(rows=128, tokens=256, split=3, stages=2, warps=8, **many),
+    ]
+
 
 @needs_triton
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -24,7 +24,7 @@ Kernel = Literal["weight_only", "w8a8"]
 Codes = Literal["int4", "int8", "float8"]
 
 # raised whenever a launch that was tuned may no longer be the best, or be one
-VERSIONS: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
+VERSIONS: dict[Kernel, int] = {"weight_only": 3, "w8a8": 1}
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
@@ -39,6 +39,7 @@ class Launch:
     stages: int
     warps: int
     early: bool = False  # weight_only: whether values are scaled, and not sums
+    overlapped: bool = False  # weight_only: by Hopper's own kernel, for many tokens
     other: bool = False  # by no kernel of ours: the rest has no meaning
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ def choose(shape: Shape, gpu: str, units: int) -> Launch:
     if not known:
         return usual(shape, units)
     nearest = min(known, key=lambda entry: _distance(entry.shape, shape))
-    return nearest.launch if nearest.launch.other else _fitted(nearest, shape)
+    return nearest.launch if nearest.launch.other else _fitted(nearest, shape, units)
 
 
 def _known(shape: Shape, gpu: str) -> list[Tuned]:
@@ -197,14 +198,19 @@ def _tokens_apart(one: Shape, other: Shape) -> int:
     return abs(heights[0] - heights[1])
 
 
-def _fitted(nearest: Tuned, shape: Shape) -> Launch:
-    """As many programs as the nearest shape's launch had, by another split."""
+def _fitted(nearest: Tuned, shape: Shape, units: int) -> Launch:
+    """As many programs as the nearest shape's launch had, by another split.
+
+    Of the overlapped ones a multiprocessor takes one at a time: more spans than give each one are
+    work for nothing.
+    """
     launch = nearest.launch
 
     def tiles_of(rows: int, tokens: int) -> int:
         return -(-rows // launch.rows) * -(-tokens // launch.tokens)
 
     programs = tiles_of(nearest.shape.rows, nearest.shape.tokens) * launch.split
+    programs = min(programs, units) if launch.overlapped else programs
     turns = -(-shape.columns // launch.turn)
     split = round(programs / max(1, tiles_of(shape.rows, shape.tokens)))
     return replace(launch, split=max(1, min(split, 16, turns)))

@@ -151,7 +151,9 @@ def _part(
 ) -> Callable[[], object]:
     device = next(model.parameters()).device
     if tokens > _DECODED:
-        prompt_BT = torch.ones(1, tokens, dtype=torch.long, device=device)
+        draw = torch.Generator(device).manual_seed(0)  # products of equal rows take less power
+        words = model.config.vocab_size  # type: ignore[union-attr]
+        prompt_BT = torch.randint(words, (1, tokens), generator=draw, device=device)
         return lambda: [
             model(prompt_BT, use_cache=False, logits_to_keep=1).logits for _ in range(calls)
         ]

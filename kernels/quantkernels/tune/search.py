@@ -30,7 +30,8 @@ Compiling = Sequence[Future[list[Launch]]]
 
 def compiling(pool: ProcessPoolExecutor, shape: Shape, most: int, processes: int) -> Compiling:
     """Begins to compile so many of the launches worth a try, the same ones each time."""
-    launches = list(candidates(shape, _units()))
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    launches = list(candidates(shape, _units(), hopper=hopper))
     random.Random(0).shuffle(launches)  # noqa: S311 - some of many
     launches.sort(key=lambda launch: not launch.other)  # which is never left out
     launches = launches[:most]

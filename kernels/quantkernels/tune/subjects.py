@@ -22,6 +22,7 @@ from quantkernels.weight_only.tiles import BITS
 
 DTYPE = torch.bfloat16
 SHARED_BYTES = 227 << 10  # of a multiprocessor
+SUMS = 4096  # of a warp, at most: a half of its registers
 INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
 # rows and warps of a program, and stages: for few tokens and for more
 FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)), (3, 4, 5, 6)
@@ -40,11 +41,13 @@ class Subject:
     bytes: Callable[[Any], int]  # of a weight's codes
 
 
-def candidates(shape: Shape, units: int) -> Iterator[Launch]:
+def candidates(shape: Shape, units: int, *, hopper: bool) -> Iterator[Launch]:
     """Launches worth a try on so many multiprocessors: they fit one, and give all of them work."""
+    if hopper and shape.kernel == "weight_only" and shape.tokens >= 32:
+        yield from _overlapped(shape, units)
     if shape.tokens >= 128:
         yield OTHER
-    if shape.kernel == "weight_only" and shape.tokens > 2048:
+    if shape.kernel == "weight_only" and shape.tokens > (128 if hopper else 2048):
         return
     padded = 1 << (shape.tokens - 1).bit_length()
     widths = (8, 16) if padded <= 8 else (min(padded, 128),) if padded < 256 else (128, 256)
@@ -64,6 +67,27 @@ def candidates(shape: Shape, units: int) -> Iterator[Launch]:
             )
             if _sensible(launch, shape, units):
                 yield launch
+
+
+def _overlapped(shape: Shape, units: int) -> Iterator[Launch]:
+    padded = max(64, 1 << (shape.tokens - 1).bit_length())
+    widths = (64,) if padded == 64 else (64, 128) if padded == 128 else (128, 256)
+    columns, depths = (128, (2, 3, 4, 5)) if BITS[shape.codes] == 4 else (64, (3, 4, 5, 6, 8))
+    for tokens, (rows, warps), stages, split in product(
+        widths, ((128, 4), (128, 8), (256, 8)), depths, SPLITS
+    ):
+        launch = Launch(
+            rows=rows,
+            tokens=tokens,
+            split=split,
+            turn=columns,
+            stages=stages,
+            warps=warps,
+            early=True,
+            overlapped=True,
+        )
+        if _sensible(launch, shape, units) and rows * tokens <= SUMS * warps:
+            yield launch
 
 
 def _turns(shape: Shape, tokens: int) -> tuple[int, ...]:
@@ -108,8 +132,10 @@ def _scale(shape: Shape, device: str) -> Tensor:
 def _weight_only_weight(shape: Shape, device: str) -> tiles.Tiles:
     empty = torch.empty(4, device=device)
     meta = device == "meta"
+    blocks = -(-shape.rows // tiles.ROWS)
+    pieces = -(-shape.columns // tiles.COLUMNS) * BITS[shape.codes] // 2
     return tiles.Tiles(
-        codes_RPBW=empty.to(torch.int16)
+        codes_RPBW=empty.new_empty((blocks, pieces, tiles.ROWS, tiles.WORDS), dtype=torch.int16)
         if meta
         else tiles.pack_codes(_codes(shape, device), shape.codes),
         scale=empty

@@ -43,10 +43,11 @@ def linear(
     pieces = triton.cdiv(columns, tiles.COLUMNS)
     split = min(launch.split, pieces)
     whole = weight.kind != "float8" and weight.group == 0
-    parts = out_TO
+    parts = counters = out_TO
     if split > 1:
         kept = torch.int32 if whole else torch.float32
         parts = torch.empty(split, count, height, launch.tokens, dtype=kept, device=device)
+        counters = arrivals(device, count)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
@@ -60,7 +61,7 @@ def linear(
         scale_T if bias_O is None else bias_O,
         out_TO,
         parts,
-        arrivals(device, count if split > 1 else 0),
+        counters,
         tokens,
         rows,
         columns,

@@ -39,6 +39,11 @@ def linear(
     *,
     compile_only: bool = False,
 ) -> Tensor:
+    if launch.overlapped and x_TI.device.type in ("cuda", "meta"):
+        from quantkernels.weight_only import overlapped
+
+        if compile_only or overlapped.takes(x_TI):
+            return overlapped.linear(x_TI, weight, bias_O, launch, compile_only=compile_only)
     tokens, columns = x_TI.shape
     rows = weight.features[0]
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
@@ -48,9 +53,10 @@ def linear(
     turn = max(launch.turn, piece, weight.group)  # another kind's launch, or another group's
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // turn)
     split = min(launch.split, turns)
-    parts = out_TO
+    parts = counters = out_TO
     if split > 1:
         parts = torch.empty(split, count, height, launch.tokens, device=x_TI.device)
+        counters = arrivals(x_TI.device, count)
     grid = (count * split,)
     run = partial(product.warmup, grid=grid) if compile_only else product[grid]
     zero = "none" if weight.zero is None else weight.grid
@@ -63,7 +69,7 @@ def linear(
         x_TI if bias_O is None else bias_O,
         out_TO,
         parts,
-        arrivals(x_TI.device, count if split > 1 else 0),
+        counters,
         tokens,
         rows,
         columns,
