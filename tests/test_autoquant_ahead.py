@@ -80,26 +80,39 @@ class Compiler:
         self.asked: list[tuple[Any, ...]] = []
 
     def warmup(self, *args: Any, grid: Any, **constants: Any) -> None:
+        args = tuple(_described(a) if hasattr(a, "block_shape") else a for a in args)
         tensors = [(a.dtype, a.dim()) for a in args if isinstance(a, torch.Tensor)]
         assert all(a.is_meta for a in args if isinstance(a, torch.Tensor))
         rest = [a for a in args if not isinstance(a, torch.Tensor)]
         self.asked.append((tuple(tensors), *rest, *constants.items()))
 
 
+def _described(descriptor: Any) -> tuple[Any, ...]:
+    """What a kernel is compiled for of a tensor that the accelerator of memory reads."""
+    base, layout = descriptor.base, descriptor.layout
+    assert base.is_meta
+    return base.dtype, tuple(descriptor.block_shape), repr(layout)
+
+
+Compilers = tuple[Compiler, Compiler, Compiler]
+
+
 @pytest.fixture
-def compilers(monkeypatch: pytest.MonkeyPatch) -> tuple[Compiler, Compiler]:
+def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
     pytest.importorskip("triton")
     from quantkernels.w8a8 import fused as of_bytes
     from quantkernels.weight_only import fused as of_weights
+    from quantkernels.weight_only import overlapped as of_many
 
-    found = Compiler(), Compiler()
+    found = Compiler(), Compiler(), Compiler()
     monkeypatch.setattr(of_weights, "product", found[0])
     monkeypatch.setattr(of_bytes, "_linear", found[1])
+    monkeypatch.setattr(of_many, "overlapped", found[2])
     return found
 
 
 def test_every_launch_of_ours_is_compiled_once_by_some_process(
-    compilers: tuple[Compiler, Compiler], monkeypatch: pytest.MonkeyPatch
+    compilers: Compilers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[list[Product]] = []
     monkeypatch.setattr(ahead, "gpu_of", lambda _: H100)
@@ -147,14 +160,15 @@ def test_what_is_no_kernel_of_ours_is_compiled_for_nobody() -> None:
         columns=4096,
         tokens=8192,
     )
+    unknown = ("a GPU without data", 132)
     launch = weight_only.launch_of(
-        ahead._inputs(long), weight_of(long.candidate, 28672, 4096, "bfloat16"), H100
+        ahead._inputs(long), weight_of(long.candidate, 28672, 4096, "bfloat16"), unknown
     )  # type: ignore[arg-type]
-    assert launch.other and ahead._kernel_of(long, H100) is None
+    assert launch.other and ahead._kernel_of(long, unknown) is None
 
 
 def test_inputs_that_are_rounded_are_compiled_for_as_they_are_served(
-    compilers: tuple[Compiler, Compiler],
+    compilers: Compilers,
 ) -> None:
     x_TI = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
     for label, kind in (

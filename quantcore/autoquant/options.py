@@ -5,9 +5,10 @@ A profile says how often a linear is called with how many tokens; an option's ti
     sum over token counts t of calls(t) * median(t)
 
 and so are both ends of its interval. Options whose interval overlaps that of the fastest among them
-tie: no measurement told them apart. They are compared by one time, the fastest's, and so on with
-the fastest of the rest, so that noise decides little; `may_tie` tells what it may still decide in
-another run.
+tie: no measurement told them apart. An interval tells of one run; another finds a median a percent
+away, so none is taken to be narrower. Those that tie are compared by one time, the fastest's, and
+so on with the fastest of the rest, so that noise decides little; `may_tie` tells what it may still
+decide in another run.
 
 Errors add up over linears: each is measured alone, with inputs of the unquantized model, as in the
 integer program of HAWQ-V3 (Yao et al. 2020, https://arxiv.org/abs/2011.10680), whose objective is a
@@ -27,6 +28,7 @@ from quantcore.autoquant.measurements import Product, Timings
 from quantcore.errors import SpecError
 
 _WIDE = 0.1  # of an interval, as a share of its time
+_ANOTHER_RUN = 0.01  # of a time: how far away another run may find it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,14 @@ class Time:
     time_us: float
     low_us: float
     high_us: float
+
+    @property
+    def least_us(self) -> float:
+        return min(self.low_us, self.time_us * (1 - _ANOTHER_RUN))
+
+    @property
+    def most_us(self) -> float:
+        return max(self.high_us, self.time_us * (1 + _ANOTHER_RUN))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +161,7 @@ def compared_us(options: Sequence[Option]) -> list[float]:
     times = [0.0] * len(options)
     fastest = options[order[0]].time
     for at in order:
-        if options[at].time.low_us > fastest.high_us:
+        if options[at].time.least_us > fastest.most_us:
             fastest = options[at].time
         times[at] = fastest.time_us
     return times
@@ -164,7 +174,7 @@ def may_tie(one: Time, other: Time) -> bool:
     as wide around those have to meet.
     """
     fast, slow = sorted((one, other), key=lambda time: time.time_us)
-    allowed_us = (fast.high_us - fast.time_us) + (slow.time_us - slow.low_us)
+    allowed_us = (fast.most_us - fast.time_us) + (slow.time_us - slow.least_us)
     return slow.time_us - fast.time_us <= 2 * allowed_us
 
 

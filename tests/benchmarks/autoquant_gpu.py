@@ -15,8 +15,8 @@ prompt asks it for one token. In turn, each for the profiles decode 1, decode 16
     proven    from the cache, with a few plans run end to end, one of which is kept (`--prove`)
 
 Then end to end, one after another in this run: dense, the plans, uniform plans that lost no race
-(`--uniforms` of them, by predicted time), and dense again. A decode step is the replay of a CUDA
-graph, out of a static cache; a prompt is a plain forward.
+(`--uniforms` of them, by predicted time), and dense again. On a GPU all are replays of CUDA graphs:
+of a decode step, out of a static cache, and of a prompt's forward.
 
     predicted   the sum of the plan's linears, and the rest of the model: what the dense model took
                 end to end, less what its linears were timed at
@@ -114,7 +114,7 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
         print(f"    {check}", flush=True)
     for profile in profiles:
         count = len(run.findings.of)
-        same = plan(f"cached {profile.name}", profile) == plans[profile.name]
+        same = plan(f"cached {profile.name}", profile).labels() == plans[profile.name].labels()
         found = len(run.findings.of) - count
         print(f"    {'the same plan' if same else 'ANOTHER PLAN'}, {found} found anew", flush=True)
     known, run.measurements = run.measurements, Measurements(of={})
