@@ -27,7 +27,6 @@ from orchestrator.driver import JobResult
 from orchestrator.each_stored import begun_first
 from orchestrator.findings import Findings
 from orchestrator.identity import stored_job
-from orchestrator.plan_facts import errors_told
 from orchestrator.planned import (
     Planned,
     artifact_name,
@@ -37,6 +36,7 @@ from orchestrator.planned import (
     read_planned,
 )
 from orchestrator.planning import PLAN, plan_layers
+from quantcore.autoquant.telling import errors_told
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SpecError
 from workers.architecture import Architecture, inspect
 from workers.layout import EACH_KIND, dump

@@ -4,11 +4,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.plan_facts import errors_told, shown
 from orchestrator.planned import Planned
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.document import Plan, file_name, parse, written
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.telling import errors_told, shown
 from quantcore.errors import SpecError, StoreError
 from workers.store import open_file, open_store
 
