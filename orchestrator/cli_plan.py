@@ -196,13 +196,12 @@ def _measure(
     logger, path = start_log(asked.spec.name, log_file, log)
     watcher = Watcher(ERR, logger, quiet=as_json or log)
     told = []
-    effort = Effort()
     try:
         with stray_lines_apart():
-            plans = measured_plans(asked, start, Observers(watcher), effort)
+            plans = measured_plans(asked, start, Observers(watcher), Effort())
             for plan, place in zip(plans, places, strict=True):
                 url = plan_left.leave(asked, plan, place)
-                told.append(plan_left.facts(plan, place, url, plan_left.noise(plan, effort)))
+                told.append(plan_left.facts(plan, place, url))
     except BaseException as error:
         logger.error("plan ended", error=type(error).__name__, message=str(error))
         if isinstance(error, KeyboardInterrupt):

@@ -486,7 +486,8 @@ def test_noise_is_told_where_most_candidates_tie_by_it() -> None:
         return layer(name, *(option(of, 4 + at, 8, 0, by) for at, of in enumerate(labels)))
 
     apart = layer("b", option("dense", 4, 8, 0, noise=3), option("int4 sym g64 plain", 40, 8, 0))
-    assert noise([noisy("a", 0.1), apart]) == []
-    (line,) = noise([noisy("a", 0.1), noisy("b", 1.0), noisy("c", 2.0)])
+    assert noise([noisy("a", 0.1), apart]) is None
+    line = noise([noisy("a", 0.1), noisy("b", 1.0), noisy("c", 2.0)])
+    assert line is not None
     assert line.startswith("times are uncertain: most candidates tie for 2 of 3 layers, at worst")
     assert "'c', whose fastest is known to 100% of its time" in line

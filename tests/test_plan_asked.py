@@ -15,7 +15,6 @@ from quantcore.autoquant.candidates import CLASSES
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan, parse
 from quantcore.autoquant.options import PROFILES, Layer
-from quantcore.autoquant.race import Effort
 from quantcore.errors import JobFaults, QuantfleetError
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
@@ -59,11 +58,9 @@ def test_times_too_wide_to_tell_candidates_apart_are_warned_of() -> None:
         )
         return chosen_from([Layer(name="a", linears=("a",), options=options)], "time", Budgets())
 
-    assert plan_left.noise(plan(0.05), Effort()) is None
-    warning = plan_left.noise(plan(2.0), Effort())
-    assert warning is not None
-    assert "2 of 2 other candidates tie" in warning
-    assert warning.endswith("plan on a quiet machine")
+    assert plan_left.facts(plan(0.05), "plan.json", "store")["noise"] is None
+    warning = plan_left.facts(plan(2.0), "plan.json", "store")["noise"]
+    assert warning.startswith("times are uncertain: most candidates tie for 1 of 1 layers, at ")
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ class Autoquant:
             confirm=confirm if self._held_out else None,
             stage=self._stage(spots),
         ).chosen(layers)
-        self.warnings = tuple(noise(layers))
+        self.warnings = tuple(filter(None, [noise(layers)]))
         ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(
             hardware=self._hardware,

@@ -168,8 +168,8 @@ def may_tie(one: Time, other: Time) -> bool:
     return slow.time_us - fast.time_us <= 2 * allowed_us
 
 
-def noise(layers: Iterable[Layer]) -> list[str]:
-    """A line where measurements were too wide to choose by: most of what there was has tied."""
+def noise(layers: Iterable[Layer]) -> str | None:
+    """A warning where measurements were too wide to choose by: most of what there was has tied."""
     layers = list(layers)
     wide: list[tuple[float, Layer]] = []
     for layer in layers:
@@ -179,13 +179,13 @@ def noise(layers: Iterable[Layer]) -> list[str]:
         if spread > _WIDE and 2 * times.count(min(times)) > len(times) > 1:
             wide.append((spread, layer))
     if not wide:
-        return []
+        return None
     spread, layer = max(wide, key=lambda one: one[0])
-    return [
+    return (
         f"times are uncertain: most candidates tie for {len(wide)} of {len(layers)} layers, at "
         f"worst for '{layer.name}', whose fastest is known to {spread:.0%} of its time: measure "
         "again where nothing else runs"
-    ]
+    )
 
 
 def _sum(options: Iterable[Option]) -> Option:
