@@ -15,7 +15,6 @@ from orchestrator.printing import (
     print_json,
     reported,
     say,
-    stray_lines_apart,
     working,
 )
 
@@ -158,7 +157,7 @@ def _choose_again(
     budgets = budgets_of(budget)
     place = _plan_of(job)
     plan, _ = read_plan(place)
-    with working("choosing", as_json), stray_lines_apart():
+    with working("choosing", as_json):
         chosen = chosen_again(plan, budgets, least.value if least else None)
     written = output or file_name(plan.hardware)
     write_plan(written, chosen)
@@ -197,11 +196,10 @@ def _measure(
     watcher = Watcher(ERR, logger, quiet=as_json or log)
     told = []
     try:
-        with stray_lines_apart():
-            plans = measured_plans(asked, start, Observers(watcher), Effort())
-            for plan, place in zip(plans, places, strict=True):
-                url = plan_left.leave(asked, plan, place)
-                told.append(plan_left.facts(plan, place, url))
+        plans = measured_plans(asked, start, Observers(watcher), Effort())
+        for plan, place in zip(plans, places, strict=True):
+            url = plan_left.leave(asked, plan, place)
+            told.append(plan_left.facts(plan, place, url))
     except BaseException as error:
         logger.error("plan ended", error=type(error).__name__, message=str(error))
         if isinstance(error, KeyboardInterrupt):

@@ -1,8 +1,6 @@
 """quantfleet plan: diff, explain, show, and another budget from what a plan holds."""
 
-import ctypes
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 
 from orchestrator.plan_files import read_plan
-from orchestrator.printing import stray_lines_apart
 from quantcore.autoquant.choice import Budgets, Objective, choose
 from quantcore.autoquant.document import Plan, written
 from quantcore.autoquant.front import within
@@ -233,13 +230,6 @@ def test_budgets_of_all_kinds_give_the_plan_that_measuring_would_have_given(
     new, _ = read_plan("new.json")
     assert new.choice == choose(LAYERS, objective, Budgets(**budgets))
     assert new.front == chosen_from(LAYERS, objective, Budgets(**budgets)).front
-
-
-def test_what_the_solver_prints_by_itself_is_no_result(capfd: pytest.CaptureFixture[str]) -> None:
-    with stray_lines_apart():
-        ctypes.CDLL(None).printf(b"HiGHS says this\n")
-    os.write(1, b"the result\n")
-    assert capfd.readouterr() == ("the result\n", "HiGHS says this\n")
 
 
 @pytest.mark.parametrize(
