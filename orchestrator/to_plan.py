@@ -19,12 +19,12 @@ from orchestrator.identity import stored_job
 from orchestrator.machines import Chosen
 from orchestrator.planned import artifact_name
 from orchestrator.team import Team
-from quantcore.autoquant.asking import Features, legal
 from quantcore.autoquant.candidates import Candidate, schemes_of
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
+from quantcore.autoquant.spots import Features, legal
 from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER

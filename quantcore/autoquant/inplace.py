@@ -28,7 +28,7 @@ from torch import nn
 from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
-from quantcore.autoquant.costs import Spot, checked, measured, refuse_apart, spots_of
+from quantcore.autoquant.costs import checked, measured, refuse_apart, spots_of
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import CHOSEN, Check, Plan
 from quantcore.autoquant.finalists import Prepare, Stage
@@ -39,6 +39,7 @@ from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import HardwareKind, Measurements, merged
 from quantcore.autoquant.options import Profile, noise
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.spots import Spot, summed
 from quantcore.autoquant.swapping import join, swap
 from quantcore.autoquant.timing import Bench
 from quantcore.errors import QuantizationError
@@ -212,7 +213,7 @@ class Autoquant:
                 known.add({finding: compared.divergence()})
         return Check(
             plan=CHOSEN,
-            summed=_summed(choice, spots),
+            summed=summed(choice, spots),
             predicted=choice.totals.error,
             measured=known[finding],
         )
@@ -307,9 +308,3 @@ class _Recorded:
                 "write a function of the model that gives what to time"
             )
         return lambda: [model(*args, **kwargs) for args, kwargs in self._calls]
-
-
-def _summed(choice: Choice, spots: Sequence[Spot]) -> float:
-    errors = {spot.name: spot.errors for spot in spots}
-    schemes = {layer.layer: layer.option.candidate.scheme for layer in choice.layers}
-    return sum(errors[name][scheme] for name, scheme in schemes.items() if scheme is not None)
