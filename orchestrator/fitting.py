@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.spec import JobSpec
-from orchestrator.admission import GIB, MIB, Parts, Phases, Prediction, peak, predict
+from orchestrator.admission import Prediction, predict
 from orchestrator.costs import Rates, block_seconds, rates_of
 from orchestrator.holdings import Chunk, Pace
 from orchestrator.keeping import Keeping
 from orchestrator.machines import Chosen
-from orchestrator.sizes import Sizes, gib
+from orchestrator.phases import Parts, Phases, peak
+from orchestrator.sizes import GIB, MIB, Sizes, gib
 from quantcore.errors import Fault, ResourceError, StoreError
 from workers.architecture import Architecture
 from workers.capacity import Disk
