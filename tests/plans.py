@@ -16,6 +16,13 @@ H200 = HardwareKind(
 
 INT4 = "int4 sym g32 plain"
 INT8 = "int8 sym channel plain"
+LABELS = (
+    "dense",
+    "float8 channel plain",
+    "int4 sym g128 plain",
+    "int4 sym g64 plain",
+    INT8,
+)
 
 
 def here(threads: int = 2) -> HardwareKind:
@@ -23,8 +30,12 @@ def here(threads: int = 2) -> HardwareKind:
 
 
 def option(label: str, time_us: float, num_bytes: int, error: float, noise: float = 0.0) -> Option:
-    time = Time(time_us=time_us, low_us=time_us - noise, high_us=time_us + noise)
+    time = Time(time_us=time_us, low_us=max(0.0, time_us - noise), high_us=time_us + noise)
     return Option(candidate=candidate_of(label), time=time, num_bytes=num_bytes, error=error)
+
+
+def layer(name: str, *options: Option) -> Layer:
+    return Layer(name=name, linears=(name,), options=options)
 
 
 def plan_of(

@@ -21,7 +21,8 @@ from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Layer
 from quantcore.autoquant.telling import compared, explained
 from quantcore.errors import ResourceError, SpecError
-from tests.test_autoquant_choice import layer, option, problems
+from tests.plans import layer, option
+from tests.test_autoquant_exact import problems
 
 H200 = HardwareKind(
     device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels="a:1"
