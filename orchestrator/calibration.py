@@ -12,10 +12,11 @@ What a worker should do next is read off the state whenever it is idle:
 A block that is solved is written by one worker while all go on: chunks pass it by its codes, and
 the next block is collected and solved. That one is written once the first stands in the store.
 
-So a failure needs no plan of its own. A lost worker's chunks become orphans, its unread results
-count as not there, and the same rules make both again; a job that is taken up from the ledger
-starts with every chunk an orphan and some blocks published. Where the codes are lost of a block
-that was not yet written, chunks that passed it are dropped, and it is done again.
+So a failure needs no plan of its own, and there is no table of tasks and transitions, which would
+need a row for every way to fail. A lost worker's chunks become orphans, its unread results count as
+not there unless its node lives, and the same rules make both again; a job that is taken up from the
+ledger starts with every chunk an orphan and some blocks published. Where the codes are lost of a
+block that was not yet written, chunks that passed it are dropped, and it is done again.
 """
 
 import itertools
@@ -209,6 +210,7 @@ class Shard:
     def _offer_step(self, worker: int, block: BlockWork) -> Assignment | None:
         if self._underway.writing is not None and not block.calibrated:
             return None  # it goes to the store at once, and not before the other
+        # it would take longer for one solve than the fastest for all that are left
         slow = self._holdings.slowness(worker) > block.solves_left
         if self._nothing_at == self.version:  # the answer to another worker, the same for all
             return None

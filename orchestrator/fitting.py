@@ -1,7 +1,8 @@
 """Whether a job fits on the machines that are there, and if not, what would.
 
 A machine that is several Ray nodes counts once. Hidden states may wait on the device, on the host
-or on disk: a job is refused only when it does not fit even with them on disk.
+or on disk: a job is refused only when it does not fit even with them on disk. No bit hangs on
+where. A refusal tries smaller jobs, and names the first that fits.
 """
 
 import math

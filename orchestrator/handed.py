@@ -1,7 +1,8 @@
 """Chunks on their way from one worker to another: given away as a result, and taken out of it.
 
-Who gives names nobody: `heir` says whose a chunk is to be, or else whoever has too few takes it. A
-result stays until all its chunks were taken, or are lost.
+Who gives names nobody: a chunk's heir takes it, or where it has none whoever has too few. Where the
+heir is predicted to make it anew sooner than it would receive it, it is dropped instead. A result
+stays until all its chunks were taken, or are lost.
 """
 
 from collections.abc import Collection, Iterable

@@ -1,7 +1,9 @@
 """`method: plan`: which scheme each linear takes, from a document that is held against the model.
 
 A document speaks of candidates, a scheme in a layout. A job takes the schemes: layouts are how a
-weight lies while it serves, and stand in no artifact.
+weight lies while it serves, and stand in no artifact. No task knows of plans: the bytes are those
+of overrides that say the same. The job's identity has the schemes alone, since new times make no
+other artifact.
 """
 
 from collections.abc import Iterator, Sequence

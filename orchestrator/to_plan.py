@@ -307,7 +307,7 @@ def _profile(spec: JobSpec, plan: Plan) -> Profile:
 
 
 def _key(prepared: Prepared) -> str:
-    """By what is cheap to know of a model: its files are not read for this."""
+    """By what is cheap to know of a model: to hash its files would take longer than to choose."""
     plan, source = prepared.plan, prepared.source
     path = Path(plan.model_path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))

@@ -5,6 +5,9 @@ share a sample is kept (quantcore/ranges.py), and each linear is rounded plainly
 and multiplied by it (quantcore/autoquant/sensitivity.py). Where a job names kept statistics instead
 of texts, the samples are theirs and nothing is run. Errors are written block by block.
 
+Each run of blocks begins with the texts anew, whoever has those before it: half a forward pass for
+each worker, of a few sequences, and none that waits for another.
+
 Shape suffixes: T = tokens, I = in_features.
 """
 

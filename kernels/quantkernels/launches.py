@@ -5,6 +5,9 @@ entry is the best launch for a kernel, codes, group, rows, columns and tokens, w
 bfloat16 product took. A shape that was not tuned takes the nearest that was, from a GPU of the same
 multiprocessors where its own has none for about as many tokens; without data it takes what is
 usual. Data of another version of a kernel are left aside with a warning, and so is a damaged file.
+
+This is for products that serve. The kernels of calibration are not chosen by time (bits.py); here
+the order of a product's sums may differ from GPU to GPU, as it does with a vendor's library.
 """
 
 import json
