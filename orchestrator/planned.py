@@ -97,6 +97,9 @@ def asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
         return "was made for other budgets"
     if plan.choice.objective != planning.least:
         return f"has the least {plan.choice.objective}, not the least {planning.least}"
+    threads = plan.hardware.threads  # 0 on an accelerator
+    if planning.threads is not None and threads not in (0, planning.threads):
+        return f"was made for {threads} threads of a CPU, not for {planning.threads}"
     calls = {one.tokens: one.times for one in planning.calls}
     same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
     if not same:

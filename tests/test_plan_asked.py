@@ -113,6 +113,7 @@ def test_a_plan_for_what_the_job_asks_no_more_is_refused(
         ({"profile": "mix"}, "was made for another profile"),
         ({"held_out": "a.txt"}, "was made without a held-out text"),
         ({"candidates": ["int4"]}, "has other candidates, as int8 sym channel"),
+        ({"threads": 7}, "was made for 1 threads of a CPU, not for 7"),
     ):
         with pytest.raises(JobFaults, match=f"the plan in the job's folder {why}: run quantfleet"):
             check(job_to_plan(**changed))

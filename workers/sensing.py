@@ -54,7 +54,7 @@ def _sampled(
     if plan.statistics:
         for index in task.blocks:
             block = block_at(index)
-            yield index, block, _kept(plan, index, next(block.parameters()).device)
+            yield index, block, kept(plan, index, next(block.parameters()).device)
         return
     batches = [model.embed(ids_BL) for ids_BL in sequences(plan)]
     model.release_outside()
@@ -106,8 +106,8 @@ def _run(
     return found
 
 
-def _kept(plan: Plan, index: int, device: torch.device) -> list[InputStatistics]:
-    """Of a block, as another job kept them."""
+def kept(plan: Plan, index: int, device: torch.device) -> list[InputStatistics]:
+    """What a block's groups of linears were handed, as another job kept it."""
     assert plan.calibration is not None and plan.calibration.statistics is not None
     store = open_store(plan.calibration.statistics, patience_s=STORE_PATIENCE_S)
     first = sum(len(block.groups) for block in plan.blocks[:index])
