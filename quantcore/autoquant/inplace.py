@@ -135,13 +135,14 @@ class Autoquant:
         return self.plan
 
     def _refuse_uncalled(self) -> None:
-        missing = [name for name in self._linears if name not in self._recorder]
+        recorder = self._recorder
+        missing = [n for n in self._linears if n not in recorder or not recorder[n].calls]
         if missing:
             raise QuantizationError(
                 f"autoquant: '{missing[0]}' was not called: call the model first, or leave it out "
                 "by filter"
             )
-        refuse_apart(self._joined, self._recorder)
+        refuse_apart(self._joined, recorder)
 
     def _made(self) -> Plan:
         recorder, model, known = self._recorder, self._model, self._known
@@ -221,7 +222,7 @@ class Autoquant:
 
 def autoquant(  # noqa: PLR0913 - one call has all there is to say
     model: nn.Module,
-    candidates: Iterable[str | Scheme] = ("default",),
+    candidates: str | Scheme | Iterable[str | Scheme] = ("default",),
     *,
     filter: Filter | None = None,  # noqa: A002 - as quantize_ has it
     objective: Objective = "time",
@@ -252,7 +253,11 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
     What `measurements` and `findings` have is not measured again; the handle's have the new ones
     too. Raises SpecError for budgets that cannot be kept, with what can, and QuantizationError.
     """
-    candidates = list(candidates)
+    candidates = [candidates] if isinstance(candidates, str | Scheme) else list(candidates)
+    if odd := [of for of in candidates if not isinstance(of, str | Scheme)]:
+        raise QuantizationError(
+            f"candidates: {odd[0]!r} is neither a class nor a scheme: write 'default', or a Scheme"
+        )
     names = [of for of in candidates if isinstance(of, str)]
     schemes = schemes_of(names) + [of for of in candidates if isinstance(of, Scheme)]
     if not schemes:
