@@ -337,6 +337,19 @@ def test_odd_words_are_refused_before_anything_is_recorded(
     assert not one._forward_hooks
 
 
+def test_what_a_call_in_inference_mode_leaves_is_an_ordinary_model() -> None:
+    for options in ({}, {"run": "recorded", "join": True}):
+        one = model()
+        auto = autoquant(one, bench=MadeUp(**INT8_WINS), hardware=HERE, **options)
+        with torch.inference_mode():
+            one(ids())
+        assert auto.plan is not None
+        assert not any(of.is_inference() for of in one.parameters())
+        moved = one.to("cpu")(ids(1)).detach()
+        with torch.inference_mode():
+            assert torch.equal(one(ids(1)), moved)
+
+
 def test_one_class_or_scheme_may_stand_for_the_list_of_it() -> None:
     for candidates in ("default", Scheme(name="int8")):
         plan = planned(model(), candidates=candidates).plan

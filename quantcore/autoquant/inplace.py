@@ -126,11 +126,12 @@ class Autoquant:
         self._hook = None
         self._recorder.__exit__(None, None, None)
         self._refuse_uncalled()
-        with torch.no_grad():
+        # what is made here outlives a call in inference mode, whose tensors would not
+        with torch.inference_mode(False), torch.no_grad():
             self.plan = self._made()
             swap(self._model, self.plan.labels(), self._recorder)
-        for names in self._joined:
-            join(self._model, names)
+            for names in self._joined:
+                join(self._model, names)
         recommended_inductor_settings()
         return self.plan
 
