@@ -163,6 +163,7 @@ def test_errors_are_merged_in_any_order_and_a_damaged_file_is_named(tmp_path: Pa
     (kept,) = store.list()
     assert kept not in files
     assert known(store, labels)["a"] == {INT8_LINEAR: 0.5, DYNAMIC: 0.25}
-    store.put("0.json", b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}')
-    with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
-        known(store, labels)
+    for damage in (b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}', b"[" * 100_000):
+        store.put("0.json", damage)
+        with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
+            known(store, labels)

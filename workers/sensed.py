@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from quantcore.errors import StoreError
+from quantcore.errors import DAMAGE, StoreError, why_damaged
 from quantcore.schemes import Scheme
 from workers import gathered
 from workers.layout import MEASUREMENTS, dump
@@ -98,8 +98,8 @@ def _read(place: str, data: bytes) -> _Document | None:
             for error in of.values():
                 if type(error) not in (int, float) or not 0 <= error < math.inf:
                     raise ValueError(f"{error!r} is no error")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise StoreError(
-            f"{place}: damaged ({error}): delete it to have it measured anew"
+            f"{place}: damaged ({why_damaged(error)}): delete it to have it measured anew"
         ) from None
     return _Document(told["errors"], told["divergences"])
