@@ -42,29 +42,6 @@ def test_another_budget_is_looked_up_on_the_front() -> None:
     assert front(layers, num_bytes=1) == ()
 
 
-def test_layers_that_share_a_choice_take_one_that_all_of_them_have() -> None:
-    one = layer("q", option("dense", 9, 9, 0), option("int8 sym channel plain", 1, 4, 1))
-    other = layer(
-        "k",
-        option("dense", 9, 9, 0),
-        option("int8 sym channel plain", 20, 4, 1),
-        option("int4 sym g64 plain", 1, 2, 3),
-    )
-    joined = Layer.joined("qk", [one, other])
-    assert joined.linears == ("q", "k")
-    assert [of.label for of in joined.options] == ["dense", "int8 sym channel plain"]
-    choice = choose([joined], "time", Budgets())
-    assert [of.option.label for of in choice.layers] == ["dense"]
-    assert choice.totals.time_us == 18
-    apart = choose([one, other], "time", Budgets())
-    assert [of.option.label for of in apart.layers] == [
-        "int4 sym g64 plain",
-        "int8 sym channel plain",
-    ]
-    with pytest.raises(SpecError, match=r"'qk': no candidate is legal for all of q, k"):
-        Layer.joined("qk", [one, layer("k", option("int4 sym g64 plain", 1, 2, 3))])
-
-
 def test_ties_within_the_noise_are_broken_by_error_bytes_and_label_and_told() -> None:
     tied = layer(
         "a",

@@ -17,36 +17,11 @@ from quantcore.autoquant.document import (
     written,
 )
 from quantcore.autoquant.front import front, within
-from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Layer
 from quantcore.autoquant.telling import compared, explained
 from quantcore.errors import ResourceError, SpecError
-from tests.plans import layer, option
+from tests.plans import H200, LAYERS
 from tests.test_autoquant_exact import problems
-
-H200 = HardwareKind(
-    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels="a:1"
-)
-LAYERS = [
-    Layer.joined(
-        "block.qkv",
-        [
-            layer(
-                f"block.{name}",
-                option("dense", 8, 16, 0),
-                option("int8 sym channel plain", 4, 8, 0.25, noise=0.5),
-                option("int4 sym g64 plain", 2, 5, 3),
-            )
-            for name in ("q", "k", "v")
-        ],
-    ),
-    layer(
-        "block.o",
-        option("dense", 7, 16, 0),
-        option("float8 channel plain", 4.25, 8, 0.5, noise=0.5),
-        option("int8 sym channel plain", 4, 8, 1, noise=0.5),
-    ),
-]
 
 
 def planned(layers: list[Layer] = LAYERS, budgets: Budgets = Budgets(error=2)) -> Plan:  # noqa: B008

@@ -14,36 +14,9 @@ from quantcore.autoquant.document import Plan, written
 from quantcore.autoquant.front import within
 from quantcore.autoquant.options import Layer
 from tests.command import quantfleet
-from tests.plans import H200, INT8, chosen_from, labels_of, option, plan_of
+from tests.plans import FLOAT8, H200, INT8, LAYERS, chosen_from, labels_of, option, plan_of
 from tests.test_orchestrator_job import JobFile
 
-FLOAT8 = "float8 channel plain"
-LAYERS = [
-    Layer.joined(
-        "block.qkv",
-        [
-            Layer(
-                name=f"block.{name}",
-                linears=(f"block.{name}",),
-                options=(
-                    option("dense", 8, 16, 0),
-                    option(INT8, 4, 8, 0.25, noise=0.5),
-                    option("int4 sym g64 plain", 2, 5, 3),
-                ),
-            )
-            for name in "qkv"
-        ],
-    ),
-    Layer(
-        name="block.o",
-        linears=("block.o",),
-        options=(
-            option("dense", 7, 16, 0),
-            option(FLOAT8, 4.25, 8, 0.5, noise=0.5),
-            option(INT8, 4, 8, 1, noise=0.5),
-        ),
-    ),
-]
 Budget = Callable[..., Path]
 
 
