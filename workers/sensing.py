@@ -22,7 +22,7 @@ from quantcore.recorder import InputStatistics
 from workers.blocks import BlockModel, Inputs, linears_of, run_block
 from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
 from workers.sensed import keep, open_errors
-from workers.statistics import load
+from workers.statistics import load_ranges
 from workers.store import STORE_PATIENCE_S, open_store
 from workers.tasks import Sense
 
@@ -113,8 +113,7 @@ def kept(plan: Plan, index: int, device: torch.device) -> list[InputStatistics]:
     first = sum(len(block.groups) for block in plan.blocks[:index])
     told = []
     for number, group in enumerate(plan.blocks[index].groups):
-        ranges = load(store, plan.statistics[first + number], device).ranges
-        assert ranges is not None
+        ranges = load_ranges(store, plan.statistics[first + number], device)
         told.append(_told(group, ranges))
     return told
 
