@@ -1,4 +1,8 @@
-"""Tasks that stand for themselves: any worker, any order, again if a worker is lost."""
+"""Tasks that stand for themselves: any worker, any order, again if a worker is lost.
+
+Blocks that are rounded without texts are such: nothing ties neighbours together, and dealing late
+balances better than runs of blocks fixed early, which is why they have no shards.
+"""
 
 from collections.abc import Collection, Mapping
 

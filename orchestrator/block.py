@@ -6,6 +6,11 @@
 Once it is solved, chunks pass it and the next block begins, while one worker writes it. Results
 stay where they were made until the block stands in the store, so that whatever is lost on the way
 is made again from what is not.
+
+The forward that chunks pass by does not overlap the widest factorization: it would hold each
+chunk's widest activations while it waits. Solves are 9 per cent of a block on a CPU; on one H200
+the widest factorization is 36 ms of a block's 2.0 s, at Llama-3.1-8B's widths and 512 x 2,048
+tokens.
 """
 
 import itertools

@@ -12,10 +12,11 @@ What a worker should do next is read off the state whenever it is idle:
 A block that is solved is written by one worker while all go on: chunks pass it by its codes, and
 the next block is collected and solved. That one is written once the first stands in the store.
 
-So a failure needs no plan of its own. A lost worker's chunks become orphans, its unread results
-count as not there, and the same rules make both again; a job that is taken up from the ledger
-starts with every chunk an orphan and some blocks published. Where the codes are lost of a block
-that was not yet written, chunks that passed it are dropped, and it is done again.
+So a failure needs no plan of its own, and there is no table of tasks and transitions, which would
+need a row for every way to fail. A lost worker's chunks become orphans, its unread results count as
+not there unless its node lives, and the same rules make both again; a job that is taken up from the
+ledger starts with every chunk an orphan and some blocks published. Where the codes are lost of a
+block that was not yet written, chunks that passed it are dropped, and it is done again.
 """
 
 import itertools
@@ -23,8 +24,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator.block import BlockWork
-from orchestrator.handed import Handed
-from orchestrator.holdings import NOWHERE, Chunk, Holdings
+from orchestrator.handed import HandOvers
+from orchestrator.holdings import NOWHERE, Holdings
 from orchestrator.keeping import Keeping
 from orchestrator.scheduler import Assignment, Part
 from orchestrator.underway import Underway
@@ -43,7 +44,6 @@ from workers.tasks import (
     Task,
 )
 
-_TRANSFER_BYTES_PER_S = 200e6  # until a transfer was seen
 MOST_WAITING = 2  # chunks shown to a shard and not yet taken, for each of its workers
 
 
@@ -79,13 +79,11 @@ class Shard:
         self._epoch = epoch
         self._holdings = Holdings(plan.contract.chunks)
         self._left = [block for block in blocks if block not in done]
-        self._chunk_bytes = chunk_bytes
+        self._hand_overs = HandOvers(self._holdings, chunk_bytes)
         self._keeping = keeping or Keeping(plan.contract.chunks, chunk_bytes, 0.0)
         self._sweeps: list[Sweep] = []  # of what is kept and of no more use
-        self._transfer = _TRANSFER_BYTES_PER_S
         self._trips: dict[str, _Trip] = {}
         self._given: dict[str, tuple[int, BlockWork]] = {}  # steps of a block under way
-        self._handed = Handed()
         self._serial = 0
         self._underway = Underway()
         self._steps = itertools.count()
@@ -112,7 +110,7 @@ class Shard:
     def lost(self, worker: int, *, parts_kept: bool) -> list[str]:
         """Whoever it worked for: its results may be of use here."""
         self._changed()
-        released = [] if parts_kept else self._forget_handed_by(worker)
+        released = [] if parts_kept else self._hand_overs.lost(worker)
         self._holdings.lost(worker)
         for block in self._underway.both():
             released += block.lost(worker, parts_kept=parts_kept)
@@ -176,12 +174,9 @@ class Shard:
                 if useless_before is not None:
                     self._sweeps.append(Sweep(self._blocks.start, useless_before))
             case Hand(chunks):
-                for part, number in enumerate(chunks):
-                    chunk = self._holdings.chunks[number]
-                    chunk.owner, chunk.handed = None, (assignment, part)
-                return self._handed.add(assignment, trip.worker, chunks)
+                return self._hand_overs.given(assignment, trip.worker, chunks)
             case Take(chunks):
-                return self._taken(trip.worker, chunks, each)
+                return self._hand_overs.taken(trip.worker, chunks, seconds)
             case Drop(chunks):
                 self._holdings.orphan(chunks)
         return []
@@ -203,12 +198,7 @@ class Shard:
         if isinstance(trip.task, Advance):
             return [name for block in self._underway.both() for name in block.missed(missing)]
         if isinstance(trip.task, Take):
-            gone = self._handed.gone(missing)
-            lost = [n for n in trip.chunks if self._handed_from(n) in gone]
-            for number in trip.chunks:
-                self._holdings.chunks[number].owner = None
-            self._holdings.orphan(lost)
-            return self._handed.forget(lost)
+            return self._hand_overs.not_taken(trip.chunks, missing)
         return []  # with its worker's other chunks, if it was lost
 
     def _changed(self) -> None:
@@ -220,6 +210,7 @@ class Shard:
     def _offer_step(self, worker: int, block: BlockWork) -> Assignment | None:
         if self._underway.writing is not None and not block.calibrated:
             return None  # it goes to the store at once, and not before the other
+        # it would take longer for one solve than the fastest for all that are left
         slow = self._holdings.slowness(worker) > block.solves_left
         if self._nothing_at == self.version:  # the answer to another worker, the same for all
             return None
@@ -242,7 +233,7 @@ class Shard:
             hands = max(1, self.members)
             work = BlockWork(self._plan, left[0], hands, self._epoch, self._steps)
             self._underway.current = work
-            self._holdings.rebalance(len(left), self._chunk_bytes / self._transfer)
+            self._holdings.rebalance(len(left), self._hand_overs.seconds_each)
             self._keeping.consider(left[0], self._holdings.paces.values())
         return self._underway.current
 
@@ -258,32 +249,18 @@ class Shard:
         return self._trip(worker, Drop(ahead), ahead) if ahead else None
 
     def _hand(self, worker: int, _block: BlockWork) -> Assignment | None:
-        leaving = [c for c in self._holdings.held(worker) if c.heir not in (None, worker)]
-        if not leaving:
+        task = self._hand_overs.leaving(worker)
+        if task is None:
             return None
-        numbers = tuple(chunk.number for chunk in leaving)
-        if self._replay_is_cheaper(leaving[0]):
-            return self._trip(worker, Drop(numbers), numbers)
-        return self._trip(worker, Hand(numbers), numbers, parts=len(numbers))
-
-    def _replay_is_cheaper(self, chunk: Chunk) -> bool:
-        """Whether the heir makes a chunk's hidden states again sooner than it receives them."""
-        assert chunk.heir is not None
-        known = self._holdings.paces[chunk.heir].seconds
-        if "Advance" not in known:
-            return False
-        replay = known.get("Embed", 0.0) + chunk.at * known["Advance"]
-        return replay < self._chunk_bytes / self._transfer
+        parts = len(task.chunks) if isinstance(task, Hand) else 0
+        return self._trip(worker, task, task.chunks, parts=parts)
 
     def _take(self, worker: int, _block: BlockWork) -> Assignment | None:
-        coming = self._holdings.handed_to(worker)
-        if not coming:
+        coming = self._hand_overs.coming(worker)
+        if coming is None:
             return None
-        inputs = tuple(chunk.handed for chunk in coming if chunk.handed is not None)
-        numbers = tuple(chunk.number for chunk in coming)
-        for chunk in coming:
-            chunk.owner, chunk.heir = worker, worker
-        return self._trip(worker, Take(numbers), numbers, inputs=inputs)
+        task, inputs = coming
+        return self._trip(worker, task, task.chunks, inputs=inputs)
 
     def _catch_up(self, worker: int, block: BlockWork) -> Assignment | None:
         behind = [c for c in self._holdings.held(worker) if NOWHERE < c.at < block.index]
@@ -320,7 +297,7 @@ class Shard:
     def _show(self, worker: int, _block: BlockWork) -> Assignment | None:
         """One chunk at a time, and not more than the next shard's workers soon take."""
         after = self._after
-        if after is None or after._waiting() >= max(MOST_WAITING * after.members, 1):
+        if after is None or after._hand_overs.waiting() >= max(MOST_WAITING * after.members, 1):
             return None
         return self._boundary(worker, self._to_show(worker)[:1])
 
@@ -340,17 +317,13 @@ class Shard:
         """Chunks as this shard's inputs, from the one before it, unless they are here already."""
         if self.complete():
             return [assignment]
-        wanted = set()
-        for part, number in enumerate(chunks):
-            chunk = self._holdings.chunks[number]
-            kept = self._keeping.nearest(number, self._blocks.stop)
-            if chunk.owner is None and chunk.handed is None and kept is None:
-                chunk.handed, chunk.at = (assignment, part), self._blocks.start
-                wanted.add(number)
-        return self._handed.add(assignment, giver, wanted)
-
-    def _waiting(self) -> int:
-        return sum(chunk.handed is not None for chunk in self._holdings.chunks)
+        here = {chunk.number for chunk in self._holdings.orphans()}
+        wanted = {
+            number: part
+            for part, number in enumerate(chunks)
+            if number in here and self._keeping.nearest(number, self._blocks.stop) is None
+        }
+        return self._hand_overs.shown(assignment, giver, wanted, self._blocks.start)
 
     def _waits_for(self, number: int, block: int) -> bool:
         """Whether a chunk does better to come from the shard before than to be made here."""
@@ -399,22 +372,4 @@ class Shard:
             self._holdings.note(worker, "Collect", seconds / len(step.task.chunks))
         if self._underway.move_on(block):
             self._left.remove(block.index)
-        return self._handed.end() if self.complete() else []
-
-    def _taken(self, worker: int, chunks: tuple[int, ...], seconds_each: float) -> list[str]:
-        self._transfer = (self._transfer + self._chunk_bytes / max(seconds_each, 1e-6)) / 2
-        released = self._handed.forget(chunks)
-        for number in chunks:
-            self._holdings.settle([number], worker, self._holdings.chunks[number].at)
-        return released
-
-    def _handed_from(self, number: int) -> str | None:
-        handed = self._holdings.chunks[number].handed
-        return handed[0] if handed else None
-
-    def _forget_handed_by(self, worker: int) -> list[str]:
-        """Chunks that only a lost worker's results held; those being taken will tell themselves."""
-        numbers = self._handed.lost(worker)
-        lost = [n for n in numbers if self._holdings.chunks[n].owner is None]
-        self._holdings.orphan(lost)
-        return self._handed.forget(lost)
+        return self._hand_overs.end() if self.complete() else []

@@ -15,7 +15,6 @@ from orchestrator.printing import (
     print_json,
     reported,
     say,
-    stray_lines_apart,
     working,
 )
 
@@ -101,9 +100,9 @@ def plan_job(  # noqa: PLR0913, PLR0917 - options of a command
 def diff(one: PlanFile, other: PlanFile, as_json: AsJson = False) -> None:
     """Show which layers two plans choose differently, at what cost, and their totals."""
     with reported(as_json):
-        from orchestrator.plan_facts import compared
         from orchestrator.plan_files import read_plan
         from orchestrator.plan_printing import print_compared
+        from quantcore.autoquant.telling import compared
 
         facts = compared(read_plan(one)[0], read_plan(other)[0])
         if as_json:
@@ -120,9 +119,9 @@ def explain(
 ) -> None:
     """Say why a layer takes what it takes: all candidates, and what speaks against each."""
     with reported(as_json):
-        from orchestrator.plan_facts import explained
         from orchestrator.plan_files import read_plan
         from orchestrator.plan_printing import print_explained
+        from quantcore.autoquant.telling import explained
 
         facts = explained(read_plan(plan)[0], layer)
         if as_json:
@@ -135,9 +134,9 @@ def explain(
 def show(plan: PlanFile, as_json: AsJson = False) -> None:
     """Show a plan's totals beside those of uniform plans, and what other budgets would give."""
     with reported(as_json):
-        from orchestrator.plan_facts import shown
         from orchestrator.plan_files import read_plan
         from orchestrator.plan_printing import print_plan_facts
+        from quantcore.autoquant.telling import shown
 
         facts = shown(read_plan(plan)[0])
         if as_json:
@@ -149,16 +148,16 @@ def show(plan: PlanFile, as_json: AsJson = False) -> None:
 def _choose_again(
     job: Path, budget: list[str], least: Least | None, output: str | None, as_json: bool
 ) -> None:
-    from orchestrator.plan_facts import compared
     from orchestrator.plan_files import read_plan, write_plan
     from orchestrator.plan_printing import print_compared
     from orchestrator.replan import budgets_of, chosen_again
     from quantcore.autoquant.document import file_name
+    from quantcore.autoquant.telling import compared
 
     budgets = budgets_of(budget)
     place = _plan_of(job)
     plan, _ = read_plan(place)
-    with working("choosing", as_json), stray_lines_apart():
+    with working("choosing", as_json):
         chosen = chosen_again(plan, budgets, least.value if least else None)
     written = output or file_name(plan.hardware)
     write_plan(written, chosen)
@@ -196,13 +195,11 @@ def _measure(
     logger, path = start_log(asked.spec.name, log_file, log)
     watcher = Watcher(ERR, logger, quiet=as_json or log)
     told = []
-    effort = Effort()
     try:
-        with stray_lines_apart():
-            plans = measured_plans(asked, start, Observers(watcher), effort)
-            for plan, place in zip(plans, places, strict=True):
-                url = plan_left.leave(asked, plan, place)
-                told.append(plan_left.facts(plan, place, url, plan_left.noise(plan, effort)))
+        plans = measured_plans(asked, start, Observers(watcher), Effort())
+        for plan, place in zip(plans, places, strict=True):
+            url = plan_left.leave(asked, plan, place)
+            told.append(plan_left.facts(plan, place, url))
     except BaseException as error:
         logger.error("plan ended", error=type(error).__name__, message=str(error))
         if isinstance(error, KeyboardInterrupt):

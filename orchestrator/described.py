@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from orchestrator.admission import peak
 from orchestrator.checks import Prepared
+from orchestrator.phases import peak
 
 
 def describe(prepared: Prepared) -> dict[str, Any]:

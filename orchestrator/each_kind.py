@@ -6,9 +6,11 @@
     STORE/NAME-AMD_EPYC/
 
 The first job runs the texts through its own quantized blocks, as it would if it were alone, and
-keeps the statistics. The others are jobs over these, whichever kinds their plans are for; so the
-first is the one whose plan loses most. Nothing else ties them: each has its ledger and is taken up
-by itself, and a plan that comes later is one job more.
+keeps the statistics. The others are jobs over these, whichever kinds their plans are for. A run
+through unquantized blocks would be the same to all, and correct the errors of none; so the first is
+the one whose plan loses most, to which that is worth most, and it stays so once begun: the others'
+inputs came through it. Nothing else ties them: each has a ledger, a lease, an identity and a
+manifest of its own, is taken up by itself, and a plan that comes later is one job more.
 """
 
 import contextlib
@@ -27,7 +29,6 @@ from orchestrator.driver import JobResult
 from orchestrator.each_stored import begun_first
 from orchestrator.findings import Findings
 from orchestrator.identity import stored_job
-from orchestrator.plan_facts import errors_told
 from orchestrator.planned import (
     Planned,
     artifact_name,
@@ -37,6 +38,7 @@ from orchestrator.planned import (
     read_planned,
 )
 from orchestrator.planning import PLAN, plan_layers
+from quantcore.autoquant.telling import errors_told
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SpecError
 from workers.architecture import Architecture, inspect
 from workers.layout import EACH_KIND, dump

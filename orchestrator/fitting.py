@@ -1,7 +1,8 @@
 """Whether a job fits on the machines that are there, and if not, what would.
 
 A machine that is several Ray nodes counts once. Hidden states may wait on the device, on the host
-or on disk: a job is refused only when it does not fit even with them on disk.
+or on disk: a job is refused only when it does not fit even with them on disk. No bit hangs on
+where. A refusal tries smaller jobs, and names the first that fits.
 """
 
 import math
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 
 from jobs.spec import JobSpec
-from orchestrator.admission import GIB, MIB, Parts, Phases, Prediction, peak, predict
+from orchestrator.admission import Prediction, predict
 from orchestrator.costs import Rates, block_seconds, rates_of
 from orchestrator.holdings import Chunk, Pace
 from orchestrator.keeping import Keeping
 from orchestrator.machines import Chosen
-from orchestrator.sizes import Sizes, gib
+from orchestrator.phases import Parts, Phases, peak
+from orchestrator.sizes import GIB, MIB, Sizes, gib
 from quantcore.errors import Fault, ResourceError, StoreError
 from workers.architecture import Architecture
 from workers.capacity import Disk

@@ -2,7 +2,8 @@
 
 A chunk's hidden states live in one worker's memory, as the input of some block. They are lost with
 the worker; then the chunk is an orphan until another makes them again from the texts. While the
-old holder lives they can also be handed over. What each ought to hold follows the measured pace.
+old holder lives they can also be handed over. What each ought to hold follows the measured pace; in
+a fleet of several kinds, until there is one, a product that each worker times when it starts.
 """
 
 from collections.abc import Iterable

@@ -1,14 +1,13 @@
 """Where `quantfleet plan` leaves its plans, and what it says of them."""
 
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from orchestrator.plan_facts import errors_told, shown
 from orchestrator.planned import Planned
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.document import Plan, file_name, parse, written
-from quantcore.autoquant.race import Effort
+from quantcore.autoquant.options import noise
+from quantcore.autoquant.telling import errors_told, shown
 from quantcore.errors import SpecError, StoreError
 from workers.store import open_file, open_store
 
@@ -43,26 +42,11 @@ def leave(job: ToPlan, plan: Plan, place: str) -> str:
     return f"{folder.url}/{planned.name}"
 
 
-def noise(plan: Plan, effort: Effort) -> str | None:
-    """A warning where times came out so wide that most candidates tie with what was chosen."""
-    options = [option for layer in plan.measured for option in layer.options]
-    others = len(options) - len(plan.choice.layers)
-    tied = sum(len(layer.ties) for layer in plan.choice.layers)
-    times = [option.time for option in options]
-    spread = median((time.high_us - time.low_us) / time.time_us for time in times)
-    if not others or 2 * tied <= others or spread <= effort.spread:
-        return None
-    return (
-        f"times are noisy: intervals are {spread:.0%} wide, and {tied} of {others} other "
-        "candidates tie with what was chosen: plan on a quiet machine"
-    )
-
-
-def facts(plan: Plan, place: str, url: str, warning: str | None) -> dict[str, Any]:
+def facts(plan: Plan, place: str, url: str) -> dict[str, Any]:
     return {
         "plan": str(Path(place)) if "://" not in place else place,
         "store": url,
         "errors": errors_told(plan),
-        "noise": warning,
+        "noise": noise(plan.measured),
         **shown(plan),
     }

@@ -22,14 +22,14 @@ from orchestrator.loop import Observer, Observers, Summaries, Timings, execute
 from orchestrator.plan_checking import Checker
 from orchestrator.scheduler import Assignment
 from orchestrator.to_plan import Kind, ToPlan
-from quantcore.autoquant.asking import contests, layers, spot
-from quantcore.autoquant.choice import choose
-from quantcore.autoquant.costs import Spot
+from quantcore.autoquant.asking import layers
+from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.document import Check, Plan
 from quantcore.autoquant.front import front
 from quantcore.autoquant.measurements import HardwareKind, Measurements, Product, Timing, merged
 from quantcore.autoquant.options import Layer
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.spots import Spot, contests, schemes_in, spot
 from quantcore.errors import QuantizationError
 from quantcore.schemes import Scheme
 from workers import measured, sensed
@@ -92,7 +92,7 @@ def _errors(job: ToPlan, fleet: _Fleet) -> Errors:
     wanted: dict[str, dict[Scheme, None]] = {}
     for kind in job.kinds:
         for family, offered in zip(job.families, kind.offered, strict=True):
-            schemes = {of.scheme: None for of in offered if of.scheme is not None}
+            schemes = dict.fromkeys(schemes_in(offered))
             for linear in family.linears:
                 wanted.setdefault(linear, {}).update(schemes)
     labels = {scheme.label(): scheme for of in wanted.values() for scheme in of}
@@ -161,16 +161,18 @@ class _Planner:
         if job.held_out:
             factors, checks = checker.factors(spots)
         found = self._layers(spots, factors)
-        choice = choose(found, job.spec.quantization.planning.least, job.budgets)
-        if job.held_out:
-            choice, check = checker.confirmed(choice, found, spots)
-            checks.append(check)
+        outcome = Chooser(
+            objective=job.spec.quantization.planning.least,
+            budgets=job.budgets,
+            confirm=partial(checker.confirm, spots=spots) if job.held_out else None,
+            stage=None,
+        ).chosen(found)
         return Plan(
             hardware=self.kind.hardware,
             profile=job.profile,
-            choice=choice,
-            front=front(found, job.budgets.num_bytes, choice.correction),
-            checks=tuple(checks),
+            choice=outcome.choice,
+            front=front(found, job.budgets.num_bytes, outcome.choice.correction),
+            checks=(*checks, *([outcome.check] if outcome.check else [])),
             measured=tuple(sorted(found, key=lambda layer: layer.name)),
             shapes={name: of for family in job.families for name, of in family.linears.items()},
         )

@@ -1,7 +1,9 @@
 """`method: plan`: which scheme each linear takes, from a document that is held against the model.
 
 A document speaks of candidates, a scheme in a layout. A job takes the schemes: layouts are how a
-weight lies while it serves, and stand in no artifact.
+weight lies while it serves, and stand in no artifact. No task knows of plans: the bytes are those
+of overrides that say the same. The job's identity has the schemes alone, since new times make no
+other artifact.
 """
 
 from collections.abc import Iterator, Sequence
@@ -95,6 +97,9 @@ def asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
         return "was made for other budgets"
     if plan.choice.objective != planning.least:
         return f"has the least {plan.choice.objective}, not the least {planning.least}"
+    threads = plan.hardware.threads  # 0 on an accelerator
+    if planning.threads is not None and threads not in (0, planning.threads):
+        return f"was made for {threads} threads of a CPU, not for {planning.threads}"
     calls = {one.tokens: one.times for one in planning.calls}
     same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
     if not same:

@@ -28,6 +28,8 @@ from workers.plan import (
     SmoothquantConfig,
 )
 
+# Not what the memory has room for: bits hang on it. What does not fit are hidden states, which wait
+# elsewhere; where one micro-batch does not either, the job is refused with a length that does.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384, "xpu": 16384, "mixed": 4096}
 CHUNKS = 16  # at most this many workers share one calibration
 ROW_TILE = 1024

@@ -1,11 +1,8 @@
 """What commands print: results to standard output, all else to standard error."""
 
 import contextlib
-import ctypes
 import json
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,20 +210,6 @@ def working(what: str, quiet: bool) -> Iterator[None]:
     else:
         with ERR.status(what):
             yield
-
-
-@contextlib.contextmanager
-def stray_lines_apart() -> Iterator[None]:
-    """What libraries print by themselves, as HiGHS does, goes to standard error."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # C keeps lines back where they go to a pipe or a file
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.admission import block_peak, received_bytes
 from orchestrator.checks import Prepared
 from orchestrator.costs import block_seconds, solve_seconds
+from orchestrator.phases import block_peak, received_bytes
 from orchestrator.pieces import pieces_of
 from orchestrator.sizes import Sizes, gib
 from quantcore.errors import ResourceError

@@ -10,6 +10,7 @@ what it did for that is done again by others.
 Several workers spend several worker-seconds in a second. Beside them stand the seconds by the clock
 in which anyone had a task of a block, and when its first task began and its last one ended. Blocks
 overlap: one is written during the next. An accelerator may still be busy when a task has ended.
+Blocks of an earlier run are marked, and show what passing them once more took.
 """
 
 import time

@@ -4,6 +4,9 @@ A CPU's parts go to Ray's object store. Those of an accelerator stay with the wo
 on its device (workers/kept.py): it copies them when it reads them, and so does a worker on another
 GPU of the same machine, out of its memory; to all others they are sent through the object store,
 once they are asked for.
+
+Parts that turn out to be gone, with their node, are made again. What does not fit in the object
+store Ray writes to its node's disk; where that is full too, the job ends.
 """
 
 from collections.abc import Iterable

@@ -18,6 +18,8 @@ from workers.architecture import Architecture
 from workers.plan import MIXED, SAMPLE_TOKENS, BlockPlan, GroupPlan, LayerPlan, Plan
 from workers.sources import ModelSource
 
+MIB = 2**20
+GIB = 2**30
 FLOAT32 = 4
 _HEADER = 256  # bytes of a tensor's line in a file, and of its shape
 _ZERO_POINTS = 1  # bytes at most
@@ -255,7 +257,7 @@ def quantized_bytes(layer: LayerPlan, scale_item: int, form: str) -> int:
 
 
 def gib(num_bytes: int) -> str:
-    unit, size = ("GiB", 2**30) if num_bytes >= 2**30 // 10 else ("MiB", 2**20)
+    unit, size = ("GiB", GIB) if num_bytes >= GIB // 10 else ("MiB", MIB)
     return f"{num_bytes / size:.1f}{unit}"
 
 

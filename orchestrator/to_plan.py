@@ -19,12 +19,12 @@ from orchestrator.identity import stored_job
 from orchestrator.machines import Chosen
 from orchestrator.planned import artifact_name
 from orchestrator.team import Team
-from quantcore.autoquant.asking import Features, legal
 from quantcore.autoquant.candidates import Candidate, schemes_of
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
+from quantcore.autoquant.spots import Features, legal
 from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER
@@ -307,7 +307,7 @@ def _profile(spec: JobSpec, plan: Plan) -> Profile:
 
 
 def _key(prepared: Prepared) -> str:
-    """By what is cheap to know of a model: its files are not read for this."""
+    """By what is cheap to know of a model: to hash its files would take longer than to choose."""
     plan, source = prepared.plan, prepared.source
     path = Path(plan.model_path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))

@@ -2,7 +2,7 @@
 
 A solved block is written by one worker while the others go on with the next. One is written at a
 time, in order, so that the ledger has no gaps. Where the codes of one that is not written yet are
-lost, it is the block to work on again, and what was done of the next is void.
+lost, it is the block to work on again, and what was done of the next is void: two blocks at most.
 """
 
 from collections.abc import Collection

@@ -64,6 +64,14 @@ BY_NAME: dict[str, type[QuantfleetError]] = {
 }
 
 
+# what reading a JSON document may raise, where it is not what it should be
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+
+def why_damaged(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """One thing wrong with a job: where it stands, what is wrong, what to write instead."""

@@ -31,8 +31,9 @@ zero points): each group sees every iteration through.
 
 Groups never meet, and all is done element by element with operations that IEEE 754 rounds in one
 way. So no bit hangs on which rows share a call, nor on where a row lies in memory: torch.pow would
-break that on a CPU, whose vectors and remainders round it differently. |r|^p is a product of
-square roots instead, for p to the nearest 1/256, and sums are folded in halves.
+break that on a CPU, whose vectors and remainders round it differently. |r|^p is a product of square
+roots instead, for p to the nearest 1/256, and sums are folded in halves. An artifact that was made
+with texts has the bytes of one made without.
 
 Shape suffixes: O = rows of the weight, I = in_features, N = groups of a chunk, J = their weights.
 Float32 maths on W's own device; nothing waits for the device.

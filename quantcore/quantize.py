@@ -17,7 +17,7 @@ from quantcore.errors import QuantizationError
 from quantcore.inductor import recommended_inductor_settings
 from quantcore.methods import METHODS, Options, Readers, needed, refuse_unknown
 from quantcore.norms import norm_rule
-from quantcore.recorder import InputStatistics, Recorder
+from quantcore.recorder import InputStatistics
 from quantcore.schemes import SCHEME_KINDS, Scheme, dividing_group_sizes, resolve_scheme
 from quantcore.smoothing import FoldedNorm, StoredNorm
 from quantcore.tensors import Layout, QuantizedTensor, relayout
@@ -33,7 +33,7 @@ def quantize_(  # noqa: PLR0913 - one call has all there is to say
     group_size: int | Literal["channel", "tensor"] | None = None,
     zero_point: Literal["int", "float"] | None = None,
     method: str = "rtn",
-    recorder: Recorder | None = None,
+    recorder: Mapping[str, InputStatistics] | None = None,
     layout: Layout | str = Layout.PLAIN,
     options: Options | None = None,
     norms: Mapping[str, str] | None = None,
@@ -44,9 +44,10 @@ def quantize_(  # noqa: PLR0913 - one call has all there is to say
     `filter` says by name and module which: by default each nn.Linear, but not the one that gives
     a language model's logits, nor any that is quantized already. `scheme` is a name, with
     `group_size` and `zero_point` as in a job file, or a Scheme. `recorder` has seen the model's
-    inputs, for methods and static schemes that need to know them. `norms` names norms and, for
-    each, one linear that it feeds: SmoothQuant's factors then go into the norm, else they stay on
-    the inputs. `inductor_settings=False` leaves torch.compile's settings alone (inductor.py).
+    inputs, for methods and static schemes that need to know them: a Recorder, or statistics by
+    linear that come from elsewhere. `norms` names norms and, for each, one linear that it feeds:
+    SmoothQuant's factors then go into the norm, else they stay on the inputs.
+    `inductor_settings=False` leaves torch.compile's settings alone (inductor.py).
 
     Nothing is changed unless all can be. Raises QuantizationError, which names the linear and what
     to write instead.
@@ -149,7 +150,7 @@ def _refuse_shape(name: str, linear: nn.Linear, scheme: Scheme) -> None:
 def _refuse_unrecorded(
     picked: Mapping[str, nn.Linear],
     needs: set[str],
-    recorder: Recorder | None,
+    recorder: Mapping[str, InputStatistics] | None,
     method: str,
     scheme: Scheme,
 ) -> None:
@@ -166,7 +167,7 @@ def _refuse_unrecorded(
 
 
 def _groups(
-    picked: Mapping[str, nn.Linear], recorder: Recorder | None
+    picked: Mapping[str, nn.Linear], recorder: Mapping[str, InputStatistics] | None
 ) -> Iterator[tuple[list[str], InputStatistics | None]]:
     """Linears that share their inputs together, if it matters, or one by one."""
     if recorder is None:

@@ -185,7 +185,8 @@ class Recorder(Mapping[str, InputStatistics]):
 
     def _add(self, name: str, group: _Group, x: Tensor) -> None:
         x_TI = x.detach().reshape(-1, x.shape[-1])
-        group.statistics.calls[len(x_TI)] += 1
+        if len(x_TI):  # experts may be called with the tokens of nobody
+            group.statistics.calls[len(x_TI)] += 1
         if self._mask is not None:
             if len(self._mask) != len(x_TI):
                 raise ValueError(

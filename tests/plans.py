@@ -16,6 +16,14 @@ H200 = HardwareKind(
 
 INT4 = "int4 sym g32 plain"
 INT8 = "int8 sym channel plain"
+FLOAT8 = "float8 channel plain"
+LABELS = (
+    "dense",
+    FLOAT8,
+    "int4 sym g128 plain",
+    "int4 sym g64 plain",
+    INT8,
+)
 
 
 def here(threads: int = 2) -> HardwareKind:
@@ -23,8 +31,32 @@ def here(threads: int = 2) -> HardwareKind:
 
 
 def option(label: str, time_us: float, num_bytes: int, error: float, noise: float = 0.0) -> Option:
-    time = Time(time_us=time_us, low_us=time_us - noise, high_us=time_us + noise)
+    time = Time(time_us=time_us, low_us=max(0.0, time_us - noise), high_us=time_us + noise)
     return Option(candidate=candidate_of(label), time=time, num_bytes=num_bytes, error=error)
+
+
+def layer(name: str, *options: Option) -> Layer:
+    return Layer(name=name, linears=(name,), options=options)
+
+
+# q, k and v take one choice
+LAYERS = [
+    Layer(
+        name="block.qkv",
+        linears=("block.q", "block.k", "block.v"),
+        options=(
+            option("dense", 24, 48, 0),
+            option(INT8, 12, 24, 0.75, noise=1.5),
+            option("int4 sym g64 plain", 6, 15, 9),
+        ),
+    ),
+    layer(
+        "block.o",
+        option("dense", 7, 16, 0),
+        option(FLOAT8, 4.25, 8, 0.5, noise=0.5),
+        option(INT8, 4, 8, 1, noise=0.5),
+    ),
+]
 
 
 def plan_of(

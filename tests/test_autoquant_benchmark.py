@@ -13,8 +13,7 @@ from quantcore.autoquant.finalists import Stage
 from quantcore.autoquant.race import Effort
 from tests.benchmarks import autoquant_gpu, plan_runs
 from tests.benchmarks.autoquant_gpu import Row, agreement, slower, table
-from tests.plans import chosen_from, option
-from tests.test_autoquant_choice import layer
+from tests.plans import chosen_from, layer, option
 
 ARGUMENTS = (
     "--device cpu --shape tiny --layers 1 --prompt 24 --steps 2 --cache 16 --record 32 "

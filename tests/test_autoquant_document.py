@@ -17,35 +17,11 @@ from quantcore.autoquant.document import (
     written,
 )
 from quantcore.autoquant.front import front, within
-from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Layer
-from quantcore.autoquant.telling import diff, explain
+from quantcore.autoquant.telling import compared, explained
 from quantcore.errors import ResourceError, SpecError
-from tests.test_autoquant_choice import layer, option, problems
-
-H200 = HardwareKind(
-    device="cuda", name="NVIDIA H200", driver="570.1", torch="2.11.0", triton="3.6.0", kernels="a:1"
-)
-LAYERS = [
-    Layer.joined(
-        "block.qkv",
-        [
-            layer(
-                f"block.{name}",
-                option("dense", 8, 16, 0),
-                option("int8 sym channel plain", 4, 8, 0.25, noise=0.5),
-                option("int4 sym g64 plain", 2, 5, 3),
-            )
-            for name in ("q", "k", "v")
-        ],
-    ),
-    layer(
-        "block.o",
-        option("dense", 7, 16, 0),
-        option("float8 channel plain", 4.25, 8, 0.5, noise=0.5),
-        option("int8 sym channel plain", 4, 8, 1, noise=0.5),
-    ),
-]
+from tests.plans import H200, LAYERS
+from tests.test_autoquant_exact import problems
 
 
 def planned(layers: list[Layer] = LAYERS, budgets: Budgets = Budgets(error=2)) -> Plan:  # noqa: B008
@@ -130,13 +106,11 @@ def test_a_plan_of_another_kind_is_refused_unless_allowed() -> None:
         refuse_other_hardware(plan, replace(H200, torch="2.12.0"))
 
 
-def test_what_differs_between_plans_is_told_linear_by_linear() -> None:
-    one, other = planned(), planned(budgets=Budgets(error=0.8))
-    assert diff(one, one) == []
-    assert diff(one, other) == [
-        "in total: 16.25 us, 32 bytes, error 1.25 -> 19 us, 40 bytes, error 0.75",
-        "block.o: float8 channel plain -> dense",
-    ]
+def test_what_differs_between_plans_is_told_with_what_ties() -> None:
+    one = planned()
+    same = compared(one, one)
+    assert same["layers"] == []
+    assert same["layers_alike"] == 2
     fast = planned(budgets=Budgets(num_bytes=32, error=1.8))
     tied = replace(
         fast,
@@ -146,35 +120,40 @@ def test_what_differs_between_plans_is_told_linear_by_linear() -> None:
             [LAYERS[0], replace(LAYERS[1], options=LAYERS[1].options[2:])], "time", Budgets(error=2)
         ),
     )
-    assert diff(fast, tied) == [
-        "hardware: NVIDIA H200, driver 570.1, torch 2.11.0, triton 3.6.0, kernels a:1 -> "
+    facts = compared(fast, tied)
+    assert facts["hardware"] == [
+        "NVIDIA H200, driver 570.1, torch 2.11.0, triton 3.6.0, kernels a:1",
         "NVIDIA H200, driver 580.2, torch 2.11.0, triton 3.6.0, kernels a:1",
-        "profile: mix (128 x 1 tokens + 128 x 16 tokens + 1 x 2048 tokens) -> "
-        "decode_1 (1 x 1 tokens)",
-        "in total: 16.25 us, 32 bytes, error 1.25 -> 16 us, 32 bytes, error 1.75",
-        "block.o: float8 channel plain -> int8 sym channel plain, a tie",
     ]
+    assert facts["profile"] == [
+        "mix (128 x 1 tokens + 128 x 16 tokens + 1 x 2048 tokens)",
+        "decode_1 (1 x 1 tokens)",
+    ]
+    assert facts["budgets"] == [{"bytes": 32, "error": 1.8}, {"error": 2}]
+    assert [total["time_us"] for total in facts["totals"]] == [16.25, 16]
+    (row,) = facts["layers"]
+    assert row["candidate"] == ["float8 channel plain", "int8 sym channel plain"]
+    assert row["tie"] is True
 
 
 def test_a_layer_is_explained_by_its_name_or_by_a_linear_of_it() -> None:
     plan = planned()
-    assert explain(plan, "block.o") == [
-        "block.o: float8 channel plain",
-        "time: 4.25 us (3.75 to 4.75) on mix (128 x 1 tokens + 128 x 16 tokens + 1 x 2048 tokens), "
-        "26.2% of all",
-        "bytes: 8",
-        "error: 0.5 of 1.25",
-        "runner-up: int8 sym channel plain, by -0.25 us, +0 bytes, +0.5 error",
-        "ties within the measurements' noise: int8 sym channel plain",
-    ]
-    shared = explain(plan, "block.k")
-    assert shared == explain(plan, "block.qkv")
-    assert shared[1] == "one choice for block.q, block.k, block.v"
-    assert shared[-1] == "runner-up: dense, by +12 us, +24 bytes, -0.75 error"
-    with pytest.raises(
-        SpecError, match=r"layer: the plan has no 'block.x': write one of its 2 layers"
-    ):
-        explain(plan, "block.x")
+    alone = explained(plan, "block.o")
+    assert alone["candidate"] == "float8 channel plain"
+    assert alone["ties"] == ["int8 sym channel plain"]
+    assert alone["share_of_time"] == pytest.approx(4.25 / 16.25)
+    assert alone["runner_up"] == {
+        "label": "int8 sym channel plain",
+        "more_us": -0.25,
+        "more_bytes": 0,
+        "more_error": 0.5,
+    }
+    shared = explained(plan, "block.k")
+    assert shared == explained(plan, "block.qkv")
+    assert shared["linears"] == ["block.q", "block.k", "block.v"]
+    assert shared["runner_up"]["label"] == "dense"
+    with pytest.raises(SpecError, match=r"the plan has no layer 'block.x': write one of its 2, as"):
+        explained(plan, "block.x")
 
 
 def _set(document: Any, path: str, value: Any) -> None:

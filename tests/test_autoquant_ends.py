@@ -13,7 +13,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import End, Plan, parse, written
 from quantcore.autoquant.finalists import Finalist, factors, kept, near
 from quantcore.autoquant.options import Layer
-from quantcore.autoquant.telling import explain
+from quantcore.autoquant.telling import shown
 from quantcore.errors import QuantizationError
 from quantcore.joining import Joined
 from quantcore.tensors import QuantizedTensor
@@ -95,9 +95,8 @@ def test_a_choice_made_again_runs_beside_the_fastest_and_is_told() -> None:
     )
     assert labels(one)["blocks.0.q_proj"] == "int8"
     assert parse(written(plan)) == plan
-    told = explain(plan, plan.choice.layers[0].layer)
-    assert any(line.startswith("kept, chosen again: ") for line in told)
-    assert sum(line.startswith("not kept, ") for line in told) == 2
+    told = {end["plan"]: end["kept"] for end in shown(plan)["ends"]}
+    assert told == {"chosen by prediction": False, "dense": False, "chosen again": True}
 
 
 def test_a_uniform_plan_near_the_chosen_one_runs_too() -> None:

@@ -323,6 +323,7 @@ def test_it_times_for_real_without_being_told_how() -> None:
     [
         ({"candidates": ()}, "candidates: none: write 'default'"),
         ({"candidates": ("int3",)}, "candidates: unknown class 'int3'"),
+        ({"candidates": ("default", None)}, "candidates: None is neither a class nor a scheme"),
         ({"calls": 0}, "calls: 0: write 1 or more"),
         ({"filter": lambda *_: False}, "filter: no linear is left"),
     ],
@@ -334,6 +335,51 @@ def test_odd_words_are_refused_before_anything_is_recorded(
     with pytest.raises((QuantizationError, SpecError), match=message):
         autoquant(one, **options)
     assert not one._forward_hooks
+
+
+def test_what_a_call_in_inference_mode_leaves_is_an_ordinary_model() -> None:
+    for options in ({}, {"run": "recorded", "join": True}):
+        one = model()
+        auto = autoquant(one, bench=MadeUp(**INT8_WINS), hardware=HERE, **options)
+        with torch.inference_mode():
+            one(ids())
+        assert auto.plan is not None
+        assert not any(of.is_inference() for of in one.parameters())
+        moved = one.to("cpu")(ids(1)).detach()
+        with torch.inference_mode():
+            assert torch.equal(one(ids(1)), moved)
+
+
+def test_one_class_or_scheme_may_stand_for_the_list_of_it() -> None:
+    for candidates in ("default", Scheme(name="int8")):
+        plan = planned(model(), candidates=candidates).plan
+        assert plan is not None
+        assert set(plan.labels().values()) == {"int8 sym channel plain"}
+
+
+class Routed(nn.Module):
+    """Its experts are called with the tokens of theirs, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, 0] > 0
+        out = torch.empty_like(x)
+        for expert, mine in zip(self.experts, (first, ~first), strict=True):
+            out[mine] = expert(x[mine])
+        return out
+
+
+def test_calls_without_tokens_take_no_time_and_count_for_none() -> None:
+    one = Routed().to(torch.bfloat16)
+    x = torch.randn(4, WIDTH, dtype=torch.bfloat16).abs()
+    plan = planned(one, x, torch.cat([x, -x])).plan
+    assert plan is not None
+    assert set(plan.labels()) == {"experts.0", "experts.1"}
+    with pytest.raises(QuantizationError, match=r"'experts.1' was not called"):
+        planned(Routed().to(torch.bfloat16), x)
 
 
 def test_a_linear_that_was_not_called_is_named() -> None:

@@ -1,9 +1,11 @@
 """The integer program where its solver is not to be trusted, and where there is little to solve."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from scipy import optimize
 
 from quantcore.autoquant import program
 from quantcore.autoquant.options import Time, may_tie
@@ -57,22 +59,26 @@ def test_a_solver_that_gives_no_answer_is_an_error(monkeypatch: pytest.MonkeyPat
         Program(COSTS).least(["time"], {"error": 7.0})
 
 
-def test_what_the_solver_prints_by_itself_is_no_output(
+def test_what_solvers_print_by_themselves_is_no_output(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    honest = program.milp
+    def talkative(name: str) -> Callable[..., Any]:
+        honest = getattr(optimize, name)
 
-    def talkative(*args: Any, **rest: Any) -> Any:
-        ctypes.CDLL(None).printf(b"HiGHS says this\n")
-        return honest(*args, **rest)
+        def solve(*args: Any, **rest: Any) -> Any:
+            ctypes.CDLL(None).printf(f"HiGHS says this in {name}\n".encode())
+            return honest(*args, **rest)
 
-    monkeypatch.setattr(program, "milp", talkative)
+        return solve
+
+    for name in ("linprog", "milp"):
+        monkeypatch.setattr(optimize, name, talkative(name))
     monkeypatch.setattr(program, "_no_dearer", _everything)
     assert Program(COSTS).least(["time"], {"error": 7.0}) is not None
     print("the result", flush=True)
     told = capfd.readouterr()
     assert told.out == "the result\n"
-    assert "HiGHS says this" in told.err
+    assert set(told.err.splitlines()) == {"HiGHS says this in linprog", "HiGHS says this in milp"}
 
 
 def test_without_limits_each_layer_takes_its_least() -> None:

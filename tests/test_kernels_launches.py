@@ -93,7 +93,7 @@ def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
     [
         ("{", "Expecting"),
         ("{}", "versions"),
-        ('{"versions": {"weight_only": 2}, "launches": [{"kernel": "weight_only"}]}', "codes"),
+        ('{"versions": {"weight_only": 3}, "launches": [{"kernel": "weight_only"}]}', "codes"),
     ],
 )
 def test_damaged_data_are_left_aside_with_a_warning(own: Path, text: str, words: str) -> None:

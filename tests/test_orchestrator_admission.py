@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.admission import GIB, MIB, Prediction, predict
+from orchestrator.admission import Prediction, predict
 from orchestrator.costs import rates_of
 from orchestrator.fitting import Admission, Admitted, Job, object_store_size
 from orchestrator.machines import choose
 from orchestrator.planning import make_plan, plan_layers
-from orchestrator.sizes import Sizes, quantized_bytes
+from orchestrator.sizes import GIB, MIB, Sizes, quantized_bytes
 from quantcore.errors import Fault, ResourceError, StoreError
 from quantcore.formats import FORMATS
 from quantcore.moments import moment_tree

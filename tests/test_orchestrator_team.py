@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.admission import GIB
 from orchestrator.bag import Bag
 from orchestrator.holdings import Holdings
 from orchestrator.machines import choose_fleet
 from orchestrator.scheduler import Stop
+from orchestrator.sizes import GIB
 from orchestrator.team import admit_team
 from orchestrator.works import quantization_works
 from quantcore.errors import ResourceError

@@ -15,7 +15,6 @@ from quantcore.autoquant.candidates import CLASSES
 from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import Plan, parse
 from quantcore.autoquant.options import PROFILES, Layer
-from quantcore.autoquant.race import Effort
 from quantcore.errors import JobFaults, QuantfleetError
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
@@ -59,11 +58,9 @@ def test_times_too_wide_to_tell_candidates_apart_are_warned_of() -> None:
         )
         return chosen_from([Layer(name="a", linears=("a",), options=options)], "time", Budgets())
 
-    assert plan_left.noise(plan(0.05), Effort()) is None
-    warning = plan_left.noise(plan(2.0), Effort())
-    assert warning is not None
-    assert "2 of 2 other candidates tie" in warning
-    assert warning.endswith("plan on a quiet machine")
+    assert plan_left.facts(plan(0.05), "plan.json", "store")["noise"] is None
+    warning = plan_left.facts(plan(2.0), "plan.json", "store")["noise"]
+    assert warning.startswith("times are uncertain: most candidates tie for 1 of 1 layers, at ")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +113,7 @@ def test_a_plan_for_what_the_job_asks_no_more_is_refused(
         ({"profile": "mix"}, "was made for another profile"),
         ({"held_out": "a.txt"}, "was made without a held-out text"),
         ({"candidates": ["int4"]}, "has other candidates, as int8 sym channel"),
+        ({"threads": 7}, "was made for 1 threads of a CPU, not for 7"),
     ):
         with pytest.raises(JobFaults, match=f"the plan in the job's folder {why}: run quantfleet"):
             check(job_to_plan(**changed))
@@ -165,6 +163,7 @@ def test_errors_are_merged_in_any_order_and_a_damaged_file_is_named(tmp_path: Pa
     (kept,) = store.list()
     assert kept not in files
     assert known(store, labels)["a"] == {INT8_LINEAR: 0.5, DYNAMIC: 0.25}
-    store.put("0.json", b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}')
-    with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
-        known(store, labels)
+    for damage in (b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}', b"[" * 100_000):
+        store.put("0.json", damage)
+        with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
+            known(store, labels)

@@ -1,8 +1,6 @@
 """quantfleet plan: diff, explain, show, and another budget from what a plan holds."""
 
-import ctypes
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,42 +9,14 @@ from typing import Any
 import pytest
 
 from orchestrator.plan_files import read_plan
-from orchestrator.printing import stray_lines_apart
 from quantcore.autoquant.choice import Budgets, Objective, choose
 from quantcore.autoquant.document import Plan, written
 from quantcore.autoquant.front import within
 from quantcore.autoquant.options import Layer
 from tests.command import quantfleet
-from tests.plans import H200, INT8, chosen_from, labels_of, option, plan_of
+from tests.plans import FLOAT8, H200, INT8, LAYERS, chosen_from, labels_of, option, plan_of
 from tests.test_orchestrator_job import JobFile
 
-FLOAT8 = "float8 channel plain"
-LAYERS = [
-    Layer.joined(
-        "block.qkv",
-        [
-            Layer(
-                name=f"block.{name}",
-                linears=(f"block.{name}",),
-                options=(
-                    option("dense", 8, 16, 0),
-                    option(INT8, 4, 8, 0.25, noise=0.5),
-                    option("int4 sym g64 plain", 2, 5, 3),
-                ),
-            )
-            for name in "qkv"
-        ],
-    ),
-    Layer(
-        name="block.o",
-        linears=("block.o",),
-        options=(
-            option("dense", 7, 16, 0),
-            option(FLOAT8, 4.25, 8, 0.5, noise=0.5),
-            option(INT8, 4, 8, 1, noise=0.5),
-        ),
-    ),
-]
 Budget = Callable[..., Path]
 
 
@@ -233,13 +203,6 @@ def test_budgets_of_all_kinds_give_the_plan_that_measuring_would_have_given(
     new, _ = read_plan("new.json")
     assert new.choice == choose(LAYERS, objective, Budgets(**budgets))
     assert new.front == chosen_from(LAYERS, objective, Budgets(**budgets)).front
-
-
-def test_what_the_solver_prints_by_itself_is_no_result(capfd: pytest.CaptureFixture[str]) -> None:
-    with stray_lines_apart():
-        ctypes.CDLL(None).printf(b"HiGHS says this\n")
-    os.write(1, b"the result\n")
-    assert capfd.readouterr() == ("the result\n", "HiGHS says this\n")
 
 
 @pytest.mark.parametrize(

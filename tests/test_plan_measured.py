@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from torch import Tensor
 from orchestrator import plan_left
 from orchestrator.checks import check
 from orchestrator.loop import Observer
-from orchestrator.plan_measuring import measured_plans
+from orchestrator.plan_checking import Checker
+from orchestrator.plan_measuring import _Fleet, measured_plans
 from orchestrator.to_plan import check_to_plan
 from quantcore.activations import fake_quantize
 from quantcore.autoquant.document import parse
+from quantcore.autoquant.spots import Spot
+from quantcore.schemes import Scheme
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
 from tests.planning import (
@@ -193,6 +197,34 @@ def test_kept_statistics_do_instead_of_texts(job_to_plan: PlanJob, job_file: Job
         for mine, its in zip(one.options, other.options, strict=True):
             # of the first block, whose inputs are the same; of other tokens of it
             assert its.error == pytest.approx(mine.error, rel=0.2)
+
+
+def test_static_schemes_of_whole_models_take_their_scales_from_kept_statistics(
+    job_to_plan: PlanJob, job_file: JobFile, text_file: Path
+) -> None:
+    calibration = {"sequences": 8, "length": 32, "keep_statistics": True}
+    text = check(job_file()).spec.calibration
+    assert text is not None
+    kept = run_here(job_file("kept", calibration={"text": str(text.text), **calibration})).store
+    static = Scheme(name="int8_static")
+    moved = []
+    for name, sections in (("text", {}), ("kept", {"calibration": {"statistics": kept}})):
+        job = check_to_plan(job_to_plan(f"{name}-plan", sections, held_out=str(text_file)))
+        fleet = _Fleet(job.kinds[0], Fleet, Observer())
+        every = Spot(
+            name="every",
+            linears=tuple(job.blocks),
+            rows=1,
+            columns=1,
+            dtype=job.dtype,
+            profile=job.profile,
+            offered=(),
+            errors={static: 1.0},
+        )
+        checker = Checker(job, fleet.workers, partial(fleet.do, "check"))
+        (check_of_static,) = checker.factors([every])[1]
+        moved.append(check_of_static.measured)
+    assert 0 < moved[1] == pytest.approx(moved[0], rel=0.3)
 
 
 def test_each_kind_of_the_fleet_has_a_plan_and_a_job_follows_its_own(job_to_plan: PlanJob) -> None:

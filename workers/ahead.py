@@ -2,7 +2,8 @@
 
 A block's weights are wanted several times, and fetched once. A tensor can be used as soon as it is
 there, whatever is still to come of its block. On an accelerator resident.py does the like with
-the blocks of a shard.
+the blocks of a shard. Of blocks that are dealt to whoever is free only the one at hand is read
+ahead: which one comes next is not known.
 """
 
 from collections.abc import Iterable, Iterator

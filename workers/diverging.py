@@ -4,7 +4,7 @@ The model is loaded dense, in the dtype that it is planned in, and made each var
 linears by name, each with its scheme, rounded plainly. What is known of a variant is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -12,11 +12,11 @@ from torch import nn
 
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.quantize import quantize_
-from quantcore.recorder import Recorder
+from quantcore.recorder import InputStatistics, Recorder
 from quantcore.schemes import Scheme
 from workers.plan import Plan
 from workers.sensed import keep_divergence, open_errors
-from workers.sensing import sequences
+from workers.sensing import kept, sequences
 from workers.sources import ModelSource
 from workers.store import STORE_PATIENCE_S
 from workers.tasks import Diverge
@@ -63,8 +63,13 @@ def _has(schemes: dict[str, Scheme], scheme: Scheme, name: str, _module: nn.Modu
     return schemes.get(name) == scheme
 
 
-def _recorded(model: nn.Module, plan: Plan, linears: set[str], device: torch.device) -> Recorder:
+def _recorded(
+    model: nn.Module, plan: Plan, linears: set[str], device: torch.device
+) -> Mapping[str, InputStatistics]:
     """What static schemes find their scales in."""
+    if plan.statistics:
+        each = (of for index in range(len(plan.blocks)) for of in kept(plan, index, device))
+        return {name: of for of in each for name in of.linears}
     recorder = Recorder(model, lambda name, _: name in linears, moments=False)
     with recorder:
         for ids_BL in sequences(plan):

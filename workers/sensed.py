@@ -4,25 +4,24 @@
     {"version": 1, "errors": {"model.layers.0.mlp.up_proj": {"int8 sym channel": 0.0001, ...}, ...},
      "divergences": {"<digest of a whole model's variant>": 0.01, ...}}
 
-What they were measured on is a digest of model, texts and dtype (orchestrator/to_plan.py). As with
-times (measured.py) a file is never written over: who has measured writes one, who reads merges all,
-and `tidy` makes one of many.
+What they were measured on is a digest of model, texts and dtype (orchestrator/to_plan.py), by what
+is cheap to know of a model that lies in one piece nowhere. A model in one process
+(quantcore/autoquant/findings.py) has its errors by the contents of weights and samples instead.
+Many write, who reads merges (gathered.py): of two errors the lesser.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from quantcore.errors import StoreError
+from quantcore.errors import DAMAGE, StoreError, why_damaged
 from quantcore.schemes import Scheme
+from workers import gathered
 from workers.layout import MEASUREMENTS, dump
 from workers.store import Store, open_store
 
 VERSION = 1
-_LISTINGS = 8  # of a store that others tidy while it is read
 
 Errors = Mapping[str, Mapping[Scheme, float]]  # by linear
 
@@ -36,11 +35,11 @@ def keep(store: Store, errors: Errors) -> None:
     by_label = {
         name: {scheme.label(): error for scheme, error in of.items()} for name, of in errors.items()
     }
-    _write(store, _Document(by_label, {}))
+    gathered.keep(store, _data([_Document(by_label, {})]))
 
 
 def keep_divergence(store: Store, variant: str, divergence: float) -> None:
-    _write(store, _Document({}, {variant: divergence}))
+    gathered.keep(store, _data([_Document({}, {variant: divergence})]))
 
 
 def known(store: Store, schemes: Mapping[str, Scheme]) -> dict[str, dict[Scheme, float]]:
@@ -58,11 +57,7 @@ def known_divergences(store: Store) -> dict[str, float]:
 
 def tidy(store: Store) -> None:
     """One file instead of many, for the next reader's sake."""
-    documents = _documents(store)
-    if len(documents) > 1:
-        kept = _write(store, _merged(documents.values()))
-        for name in documents.keys() - {kept}:
-            store.delete(name)
+    gathered.tidy(store, _documents(store), _data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +66,8 @@ class _Document:
     divergences: dict[str, float]
 
 
-def _write(store: Store, document: _Document) -> str:
-    data = dump({"version": VERSION, **asdict(document)})
-    name = f"{hashlib.sha256(data).hexdigest()[:16]}.json"
-    store.put(name, data)
-    return name
+def _data(many: Iterable[_Document]) -> bytes:
+    return dump({"version": VERSION, **asdict(_merged(many))})
 
 
 def _merged(documents: Iterable[_Document]) -> _Document:
@@ -91,30 +83,13 @@ def _merged(documents: Iterable[_Document]) -> _Document:
 
 
 def _documents(store: Store) -> dict[str, _Document]:
-    """By name, those of this version. One that goes away meanwhile was merged: look again."""
-    found: dict[str, _Document | None] = {}
-    for _ in range(_LISTINGS):
-        new = [name for name in store.list() if name.endswith(".json") and name not in found]
-        for name in new:
-            with contextlib.suppress(_GoneError):
-                found[name] = _document(store, name)
-        if all(name in found for name in new):
-            return {name: document for name, document in found.items() if document is not None}
-    raise StoreError(f"{store.url}: files go as fast as they are read: try again")
+    """By name, those of this version."""
+    found = gathered.gather(store, _read)
+    return {name: document for name, document in found.items() if document is not None}
 
 
-class _GoneError(Exception):
-    pass
-
-
-def _document(store: Store, name: str) -> _Document | None:
+def _read(place: str, data: bytes) -> _Document | None:
     """None for one of another version. Raises StoreError for a damaged one."""
-    try:
-        data = store.get(name)
-    except StoreError:
-        if store.exists(name):
-            raise
-        raise _GoneError from None
     try:
         told = json.loads(data)
         if told["version"] != VERSION:
@@ -123,8 +98,8 @@ def _document(store: Store, name: str) -> _Document | None:
             for error in of.values():
                 if type(error) not in (int, float) or not 0 <= error < math.inf:
                     raise ValueError(f"{error!r} is no error")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise StoreError(
-            f"{store.url}/{name}: damaged ({error}): delete it to have it measured anew"
+            f"{place}: damaged ({why_damaged(error)}): delete it to have it measured anew"
         ) from None
     return _Document(told["errors"], told["divergences"])

@@ -5,6 +5,9 @@ share a sample is kept (quantcore/ranges.py), and each linear is rounded plainly
 and multiplied by it (quantcore/autoquant/sensitivity.py). Where a job names kept statistics instead
 of texts, the samples are theirs and nothing is run. Errors are written block by block.
 
+Each run of blocks begins with the texts anew, whoever has those before it: half a forward pass for
+each worker, of a few sequences, and none that waits for another.
+
 Shape suffixes: T = tokens, I = in_features.
 """
 
@@ -19,7 +22,7 @@ from quantcore.recorder import InputStatistics
 from workers.blocks import BlockModel, Inputs, linears_of, run_block
 from workers.plan import SAMPLE_TOKENS, GroupPlan, Plan
 from workers.sensed import keep, open_errors
-from workers.statistics import load
+from workers.statistics import load_ranges
 from workers.store import STORE_PATIENCE_S, open_store
 from workers.tasks import Sense
 
@@ -51,7 +54,7 @@ def _sampled(
     if plan.statistics:
         for index in task.blocks:
             block = block_at(index)
-            yield index, block, _kept(plan, index, next(block.parameters()).device)
+            yield index, block, kept(plan, index, next(block.parameters()).device)
         return
     batches = [model.embed(ids_BL) for ids_BL in sequences(plan)]
     model.release_outside()
@@ -103,15 +106,14 @@ def _run(
     return found
 
 
-def _kept(plan: Plan, index: int, device: torch.device) -> list[InputStatistics]:
-    """Of a block, as another job kept them."""
+def kept(plan: Plan, index: int, device: torch.device) -> list[InputStatistics]:
+    """What a block's groups of linears were handed, as another job kept it."""
     assert plan.calibration is not None and plan.calibration.statistics is not None
     store = open_store(plan.calibration.statistics, patience_s=STORE_PATIENCE_S)
     first = sum(len(block.groups) for block in plan.blocks[:index])
     told = []
     for number, group in enumerate(plan.blocks[index].groups):
-        ranges = load(store, plan.statistics[first + number], device).ranges
-        assert ranges is not None
+        ranges = load_ranges(store, plan.statistics[first + number], device)
         told.append(_told(group, ranges))
     return told
 

@@ -1,8 +1,9 @@
 """Where hidden states wait between blocks: on the device, in the host's memory, or on disk.
 
-What runs short of memory moves everything one place down, and what is put there later as well.
-The bytes stay the same. What waits elsewhere than on its accelerator comes and goes while that
-computes (transfers.py).
+What runs short of memory moves everything one place down, and what is put there later as well; then
+the task is done again. A worker for which that is not enough counts as lost, since a fresh process,
+perhaps elsewhere, may have room. The bytes stay the same. What waits elsewhere than on its
+accelerator comes and goes while that computes (transfers.py).
 """
 
 import tempfile

@@ -7,13 +7,14 @@ beside it. A later job that names them needs no texts and no forward passes.
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from quantcore.errors import StoreError
@@ -87,19 +88,32 @@ def keep(
 
 def load(store: Store, record: dict[str, Any], device: torch.device) -> GroupStatistics:
     """One group's statistics as they were kept. Raises StoreError if they are not."""
+    packed, *ranges = _read(store, record, ("sum", "low", "high", "sample"))
+    sum_II = _unpacked(packed, record["in_features"]).to(device)
+    return GroupStatistics(
+        Moments(sum_II, record["tokens"], record["dropped"]), _ranges(ranges, record, device)
+    )
+
+
+def load_ranges(store: Store, record: dict[str, Any], device: torch.device) -> Ranges:
+    """The same without the Hessian's sum, which is many times as large as all else."""
+    return _ranges(_read(store, record, ("low", "high", "sample")), record, device)
+
+
+def _read(store: Store, record: dict[str, Any], names: Sequence[str]) -> list[Tensor]:
     with tempfile.TemporaryDirectory(prefix="quantfleet-") as scratch:
         local = Path(scratch) / "statistics.safetensors"
         store.get_file(record["file"], local)
         if hash_file(local) != (record["sha256"], record["size"]):
             raise StoreError(f"{store.url}: {record['file']} is not what was kept")
-        tensors = load_file(local)
+        with safe_open(local, "pt") as tensors:
+            return [tensors.get_tensor(name) for name in names]
+
+
+def _ranges(tensors: Sequence[Tensor], record: dict[str, Any], device: torch.device) -> Ranges:
+    low_I, high_I, sample_SI = (tensor.to(device) for tensor in tensors)
     tokens, dropped = record["tokens"], record["dropped"]
-    sum_II = _unpacked(tensors["sum"], record["in_features"]).to(device)
-    low, high, sample = (tensors[name].to(device) for name in ("low", "high", "sample"))
-    return GroupStatistics(
-        Moments(sum_II, tokens, dropped),
-        Ranges(low, high, sample, rows=0, tokens=tokens, dropped=dropped),
-    )
+    return Ranges(low_I, high_I, sample_SI, rows=0, tokens=tokens, dropped=dropped)
 
 
 def read_record(store: Store, block: int, number: int) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from quantcore.schemes import Scheme
 from quantcore.tree import Span
 
 if TYPE_CHECKING:  # scipy comes with these, which jobs do without
-    from quantcore.autoquant.costs import Spot
     from quantcore.autoquant.measurements import HardwareKind, Product, Timing
     from quantcore.autoquant.race import Effort
+    from quantcore.autoquant.spots import Spot
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 A device copies by itself from and to pinned memory alone. So a thread for each way moves pieces
 between ordinary memory and two pinned buffers, and a stream for each way moves them on: while one
 piece is on its way, the next is copied. What is computed waits for a copy only where it needs it,
-and a copy only for what was computed before it was asked for.
+and a copy only for what was computed before it was asked for. So while one micro-batch is computed
+the next one comes, though it be of another chunk (held.py), and the last two go.
 """
 
 from collections import deque

@@ -5,6 +5,9 @@ entry is the best launch for a kernel, codes, group, rows, columns and tokens, w
 bfloat16 product took. A shape that was not tuned takes the nearest that was, from a GPU of the same
 multiprocessors where its own has none for about as many tokens; without data it takes what is
 usual. Data of another version of a kernel are left aside with a warning, and so is a damaged file.
+
+This is for products that serve. The kernels of calibration are not chosen by time (bits.py); here
+the order of a product's sums may differ from GPU to GPU, as it does with a vendor's library.
 """
 
 import json
@@ -16,12 +19,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 
 Kernel = Literal["weight_only", "w8a8"]
 Codes = Literal["int4", "int8", "float8"]
+Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 # raised whenever a launch that was tuned may no longer be the best, or be one
 VERSIONS: dict[Kernel, int] = {"weight_only": 3, "w8a8": 1}
@@ -94,6 +98,31 @@ class Tuned:
             time_us=float(document["time_us"]),
             dense_us=float(document["dense_us"]),
         )
+
+
+class Tiled(Protocol):
+    """What a launch hangs on of a weight as it lies for one of the kernels."""
+
+    @property
+    def kind(self) -> Codes: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def features(self) -> tuple[int, int]: ...
+
+
+def launch_of(kernel: Kernel, tokens: int, weight: Tiled, gpu: Gpu) -> Launch:
+    """How a kernel's product is launched on a GPU."""
+    rows, columns = weight.features
+    shape = Shape(
+        kernel=kernel,
+        codes=weight.kind,
+        group=weight.group,
+        rows=rows,
+        columns=columns,
+        tokens=tokens,
+    )
+    return choose(shape, *gpu)
 
 
 @cache
@@ -217,8 +246,7 @@ def _fitted(nearest: Tuned, shape: Shape, units: int) -> Launch:
 
 
 @cache
-def gpu_of(device: torch.device) -> tuple[str, int]:
-    """Its name, and how many multiprocessors it has."""
+def gpu_of(device: torch.device) -> Gpu:
     if device.type == "cuda":
         cuda = torch.cuda.get_device_properties(device)
         return cuda.name, cuda.multi_processor_count

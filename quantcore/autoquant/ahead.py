@@ -15,10 +15,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-from quantkernels.launches import gpu_of
+from quantkernels.launches import Gpu, gpu_of
 from torch import Tensor
 
 from quantcore.autoquant.candidates import candidate_of
@@ -29,8 +30,6 @@ from quantcore.tensors.kernels import KERNELS
 
 _MOST_PROCESSES = 16
 _FEWEST = 8  # kernels that are worth the start of a process that imports torch
-
-Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 
 def compile_ahead(products: Iterable[Product]) -> int:
@@ -81,10 +80,7 @@ def _kernel_of(product: Product, gpu: Gpu) -> object | None:
     weight, x_TI = _weight(product), _inputs(product)
     if weight is None:
         return None
-    if weight.scheme.activations is None:
-        launch = weight_only.launch_of(x_TI, weight, gpu)
-    else:
-        launch = w8a8.launch_of(x_TI, weight, gpu)
+    launch = _kernels_for(weight).launch_of(x_TI, weight, gpu)
     if launch.other:
         return None
     return product.candidate, product.dtype, launch, product.columns, min(product.tokens, 2)
@@ -103,6 +99,10 @@ def _weight(product: Product) -> QuantizedTensor | None:
     return weight
 
 
+def _kernels_for(weight: QuantizedTensor) -> ModuleType:
+    return weight_only if weight.scheme.activations is None else w8a8
+
+
 def _inputs(product: Product) -> Tensor:
     kind = getattr(torch, product.dtype)
     return torch.empty(product.tokens, product.columns, dtype=kind, device="meta")
@@ -114,8 +114,7 @@ def compile_one(line: str) -> None:
     product = Product(candidate=candidate_of(facts.pop("candidate")), **facts)
     weight, x_TI = _weight(product), _inputs(product)
     assert weight is not None
-    kernels = weight_only if weight.scheme.activations is None else w8a8
-    kernels.compile_for(x_TI, weight, (name, units))
+    _kernels_for(weight).compile_for(x_TI, weight, (name, units))
 
 
 def main(lines: Iterable[str]) -> None:

@@ -1,23 +1,15 @@
 """What each linear of a model may become, with bytes, error and time: layers to choose from.
 
-Linears that are joined (joining.py) take one choice and are timed as the one product that they
-become; their errors add up. A scheme's errors are scaled once the whole model was checked under it
-(divergence.py). A candidate that has lost its race is no option: another is faster for certain, and
-costs no more in bytes or error. Its uniform plan is dense where it lost, or none if it lost all.
+A scheme's errors are scaled once the whole model was checked under it (spots.py). A candidate that
+has lost its race is no option: another is faster for certain, and costs no more in bytes or error.
+Its uniform plan is dense where it lost, or none if it lost all.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
-from quantcore.autoquant.candidates import (
-    Candidate,
-    candidates_of,
-    offers,
-    refused,
-    worth_timing,
-)
+from quantcore.autoquant.candidates import Candidate
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import Check
 from quantcore.autoquant.findings import Known
@@ -26,25 +18,12 @@ from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.options import Layer, Option, Profile, profiled
 from quantcore.autoquant.race import Effort
 from quantcore.autoquant.sensitivity import output_errors
+from quantcore.autoquant.spots import Spot, contests, legal, scales, schemes_in, spot, takers
 from quantcore.autoquant.timing import Bench, Contest, timed
 from quantcore.errors import QuantizationError
 from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
 from quantcore.schemes import Scheme
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spot:
-    """Where one choice is made: a linear, or several that are joined."""
-
-    name: str
-    linears: tuple[str, ...]
-    rows: int  # of all
-    columns: int
-    dtype: str
-    profile: Profile
-    offered: tuple[Candidate, ...]
-    errors: Mapping[Scheme, float]  # of all linears together
 
 
 def spots_of(
@@ -81,40 +60,23 @@ def _spot(
     known: Known,
     keys: Keys,
 ) -> Spot:
-    names = tuple(linears)
-    weights = [linear.weight for linear in linears.values()]
-    dtype, device = str(weights[0].dtype).removeprefix("torch."), weights[0].device.type
-    columns = weights[0].shape[1]
-    shapes = {(len(weight), columns) for weight in weights}
-    rows = sum(map(len, weights))
-    offered = worth_timing(offers(candidates_of(schemes), (rows, columns), dtype, device))
-    legal = tuple(
-        offer.candidate
-        for offer in offered
-        if not any(refused(offer.candidate, shape, dtype, device) for shape in shapes)
-    )
-    asked = list({of.scheme: None for of in legal if of.scheme is not None})
-    errors = dict.fromkeys(asked, 0.0)
-    for name, linear in linears.items():
+    weights = {name: linear.weight for name, linear in linears.items()}
+    one = next(iter(weights.values()))
+    dtype, device = str(one.dtype).removeprefix("torch."), one.device.type
+    shapes = {name: (len(weight), weight.shape[1]) for name, weight in weights.items()}
+    offered = legal(list(shapes.values()), schemes, dtype, device)
+    asked = schemes_in(offered)
+    errors: dict[str, dict[Scheme, float]] = {}
+    for name, weight in weights.items():
         findings = {scheme: keys.error(name, scheme) for scheme in asked}
         missing = [scheme for scheme in asked if findings[scheme] not in known]
         if missing:
-            found = output_errors(name, linear.weight, recorder[name], missing)
+            found = output_errors(name, weight, recorder[name], missing)
             known.add({findings[scheme]: error for scheme, error in found.items()})
-        for scheme in asked:
-            errors[scheme] += known[findings[scheme]]
-    owner = names[0].rpartition(".")[0]
-    short = "+".join(name.rpartition(".")[2] for name in names)
-    return Spot(
-        name=f"{owner}.{short}".lstrip("."),
-        linears=names,
-        rows=rows,
-        columns=columns,
-        dtype=dtype,
-        profile=profile or Profile(name="recorded", calls=dict(recorder[names[0]].calls)),
-        offered=legal,
-        errors=errors,
-    )
+        errors[name] = {scheme: known[findings[scheme]] for scheme in asked}
+    recorded = recorder[next(iter(weights))].calls
+    profile = profile or Profile(name="recorded", calls=dict(recorded))
+    return spot(shapes, offered, errors, dtype, profile)
 
 
 def checked(
@@ -126,9 +88,8 @@ def checked(
     keys: Keys,
 ) -> tuple[dict[Scheme, float], list[Check]]:
     """For each scheme, what its errors are scaled by, from the whole model under it alone."""
-    factors, checks = {}, []
-    for scheme in {scheme: None for spot in spots for scheme in spot.errors}:
-        taking = [name for spot in spots if scheme in spot.errors for name in spot.linears]
+    moved = {}
+    for scheme, taking in takers(spots).items():
         finding = keys.of_scheme(scheme, taking)
         if finding not in known:
             compared = held_out()
@@ -141,13 +102,8 @@ def checked(
                     inductor_settings=False,
                 )
                 known.add({finding: compared.divergence()})
-        moved = known[finding]
-        summed = sum(spot.errors.get(scheme, 0.0) for spot in spots)
-        if summed > 0:
-            factors[scheme] = moved / summed
-        label = scheme.label()
-        checks.append(Check(plan=label, summed=summed, predicted=None, measured=moved))
-    return factors, checks
+        moved[scheme] = known[finding]
+    return scales(spots, moved)
 
 
 def measured(
@@ -158,40 +114,36 @@ def measured(
     effort: Effort,
 ) -> tuple[list[Layer], dict[Product, Timing]]:
     """Layers to choose from, and what was timed for them: spots of one shape race once."""
-    alike: dict[tuple[object, ...], list[Spot]] = {}
-    for spot in spots:
-        calls = tuple(sorted(spot.profile.calls.items()))
-        key = (spot.rows, spot.columns, spot.dtype, calls, spot.offered)
-        alike.setdefault(key, []).append(spot)
-    contests = [_contest(these, factors, bench) for these in alike.values()]
-    wanted = [of for contest in contests for of in contest.products()]
+    alike = contests(spots)
+    racing = [_contest(these, factors, bench) for these in alike]
+    wanted = [of for contest in racing for of in contest.products()]
     bench.prepare([product for product in wanted if product not in known])
     new: dict[Product, Timing] = {}
     layers: dict[str, Layer] = {}
-    for these, contest in zip(alike.values(), contests, strict=True):
+    for these, contest in zip(alike, racing, strict=True):
         one = these[0]
         new |= timed(contest, {**known, **new}, bench, effort)
         times = {
             of: profiled({**known, **new}, contest.product(of, 1), one.profile)
             for of in one.offered
         }
-        for spot in these:
-            layers[spot.name] = Layer(
-                name=spot.name,
-                linears=spot.linears,
+        for each in these:
+            layers[each.name] = Layer(
+                name=each.name,
+                linears=each.linears,
                 options=tuple(
                     Option(
                         candidate=of,
                         time=time,
                         num_bytes=round(contest.costs[of][0]),
-                        error=_error(spot, of, factors),
+                        error=_error(each, of, factors),
                     )
                     for of, time in times.items()
                     if time is not None
                 ),
             )
     bench.release()
-    return [layers[spot.name] for spot in spots], new
+    return [layers[of.name] for of in spots], new
 
 
 def _contest(these: Sequence[Spot], factors: Mapping[Scheme, float], bench: Bench) -> Contest:
@@ -205,17 +157,17 @@ def _contest(these: Sequence[Spot], factors: Mapping[Scheme, float], bench: Benc
         costs={
             of: (
                 bench.num_bytes(of, one.rows, one.columns, one.dtype),
-                *(_error(spot, of, factors) for spot in these),
+                *(_error(each, of, factors) for each in these),
             )
             for of in one.offered
         },
     )
 
 
-def _error(spot: Spot, candidate: Candidate, factors: Mapping[Scheme, float]) -> float:
+def _error(of: Spot, candidate: Candidate, factors: Mapping[Scheme, float]) -> float:
     if candidate.scheme is None:
         return 0.0
-    return spot.errors[candidate.scheme] * factors.get(candidate.scheme, 1.0)
+    return of.errors[candidate.scheme] * factors.get(candidate.scheme, 1.0)
 
 
 def refuse_apart(joined: Iterable[tuple[str, ...]], recorder: Recorder) -> None:

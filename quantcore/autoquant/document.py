@@ -32,7 +32,7 @@ from quantcore.autoquant.choice import (
 from quantcore.autoquant.front import Point
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import Layer, Option, Profile, Time
-from quantcore.errors import ResourceError, SpecError
+from quantcore.errors import DAMAGE, ResourceError, SpecError, why_damaged
 
 VERSION = 1
 CHOSEN = "chosen"  # the plan itself, among what was checked
@@ -129,9 +129,6 @@ def written(plan: Plan) -> str:
     return "{" + ",\n".join(rows) + "}\n"
 
 
-_DAMAGE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-
-
 def parse(text: str) -> Plan:
     """What `written` gave. Raises SpecError for what is no plan, or does not add up."""
     try:
@@ -142,8 +139,8 @@ def parse(text: str) -> Plan:
             )
         plan = _plan(document)
         _check(plan)
-    except _DAMAGE as error:
-        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
+        why = why_damaged(error)
         raise SpecError(f"plan: damaged ({why}): plan anew") from None
     return plan
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantcore.autoquant.candidates import candidate_of
-from quantcore.errors import StoreError
+from quantcore.errors import DAMAGE, StoreError, why_damaged
 
 VERSION = 1  # raised with a formula that gives other values
 PLAN = "plan"  # what a model is under, where no one scheme is
@@ -103,15 +103,8 @@ def parse(text: str) -> Findings:
                 ignored.append(f"a finding is ignored: {why}")
             else:
                 of[finding] = value
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
+        why = why_damaged(error)
         raise StoreError(f"findings: damaged ({why}): delete them to have them anew") from None
     return Findings(of=of, ignored=tuple(ignored))
 

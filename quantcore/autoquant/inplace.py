@@ -28,7 +28,7 @@ from torch import nn
 from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
-from quantcore.autoquant.costs import Spot, checked, measured, refuse_apart, spots_of
+from quantcore.autoquant.costs import checked, measured, refuse_apart, spots_of
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import CHOSEN, Check, Plan
 from quantcore.autoquant.finalists import Prepare, Stage
@@ -39,6 +39,7 @@ from quantcore.autoquant.keys import Keys
 from quantcore.autoquant.measurements import HardwareKind, Measurements, merged
 from quantcore.autoquant.options import Profile, noise
 from quantcore.autoquant.race import Effort
+from quantcore.autoquant.spots import Spot, summed
 from quantcore.autoquant.swapping import join, swap
 from quantcore.autoquant.timing import Bench
 from quantcore.errors import QuantizationError
@@ -125,22 +126,24 @@ class Autoquant:
         self._hook = None
         self._recorder.__exit__(None, None, None)
         self._refuse_uncalled()
-        with torch.no_grad():
+        # what is made here outlives a call in inference mode, whose tensors would not
+        with torch.inference_mode(False), torch.no_grad():
             self.plan = self._made()
             swap(self._model, self.plan.labels(), self._recorder)
-        for names in self._joined:
-            join(self._model, names)
+            for names in self._joined:
+                join(self._model, names)
         recommended_inductor_settings()
         return self.plan
 
     def _refuse_uncalled(self) -> None:
-        missing = [name for name in self._linears if name not in self._recorder]
+        recorder = self._recorder
+        missing = [n for n in self._linears if n not in recorder or not recorder[n].calls]
         if missing:
             raise QuantizationError(
                 f"autoquant: '{missing[0]}' was not called: call the model first, or leave it out "
                 "by filter"
             )
-        refuse_apart(self._joined, self._recorder)
+        refuse_apart(self._joined, recorder)
 
     def _made(self) -> Plan:
         recorder, model, known = self._recorder, self._model, self._known
@@ -167,7 +170,7 @@ class Autoquant:
             confirm=confirm if self._held_out else None,
             stage=self._stage(spots),
         ).chosen(layers)
-        self.warnings = tuple(noise(layers))
+        self.warnings = tuple(filter(None, [noise(layers)]))
         ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(
             hardware=self._hardware,
@@ -212,7 +215,7 @@ class Autoquant:
                 known.add({finding: compared.divergence()})
         return Check(
             plan=CHOSEN,
-            summed=_summed(choice, spots),
+            summed=summed(choice, spots),
             predicted=choice.totals.error,
             measured=known[finding],
         )
@@ -220,7 +223,7 @@ class Autoquant:
 
 def autoquant(  # noqa: PLR0913 - one call has all there is to say
     model: nn.Module,
-    candidates: Iterable[str | Scheme] = ("default",),
+    candidates: str | Scheme | Iterable[str | Scheme] = ("default",),
     *,
     filter: Filter | None = None,  # noqa: A002 - as quantize_ has it
     objective: Objective = "time",
@@ -251,7 +254,11 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
     What `measurements` and `findings` have is not measured again; the handle's have the new ones
     too. Raises SpecError for budgets that cannot be kept, with what can, and QuantizationError.
     """
-    candidates = list(candidates)
+    candidates = [candidates] if isinstance(candidates, str | Scheme) else list(candidates)
+    if odd := [of for of in candidates if not isinstance(of, str | Scheme)]:
+        raise QuantizationError(
+            f"candidates: {odd[0]!r} is neither a class nor a scheme: write 'default', or a Scheme"
+        )
     names = [of for of in candidates if isinstance(of, str)]
     schemes = schemes_of(names) + [of for of in candidates if isinstance(of, Scheme)]
     if not schemes:
@@ -307,9 +314,3 @@ class _Recorded:
                 "write a function of the model that gives what to time"
             )
         return lambda: [model(*args, **kwargs) for args, kwargs in self._calls]
-
-
-def _summed(choice: Choice, spots: Sequence[Spot]) -> float:
-    errors = {spot.name: spot.errors for spot in spots}
-    schemes = {layer.layer: layer.option.candidate.scheme for layer in choice.layers}
-    return sum(errors[name][scheme] for name, scheme in schemes.items() if scheme is not None)

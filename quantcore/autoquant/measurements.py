@@ -21,7 +21,7 @@ from typing import Any, Self
 from quantkernels.launches import VERSIONS
 
 from quantcore.autoquant.candidates import Candidate, candidate_of
-from quantcore.errors import StoreError
+from quantcore.errors import DAMAGE, StoreError, why_damaged
 
 VERSION = 1
 # Of every kernel of ours: one of another version may be faster. On a CPU none is ours
@@ -165,9 +165,6 @@ def written(measurements: Measurements) -> str:
     return f'{{"version": {VERSION}, "hardware": [\n' + ",\n".join(kinds) + "\n]}\n"
 
 
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-
-
 def parse(text: str) -> Measurements:
     """What `written` gave. Raises StoreError where the text is damaged or of another version."""
     try:
@@ -190,15 +187,8 @@ def parse(text: str) -> Measurements:
                 if product in timings:
                     raise ValueError(f"'{product.candidate.label()}' stands twice: {line}")
                 timings[product] = timing
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except DAMAGE as error:
+        why = why_damaged(error)
         raise StoreError(f"measurements: damaged ({why}): delete them to have them anew") from None
     return Measurements(of=of, ignored=tuple(ignored))
 

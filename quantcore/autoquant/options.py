@@ -21,7 +21,6 @@ to the squared output, say.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from quantcore.autoquant.candidates import Candidate
 from quantcore.autoquant.measurements import Product, Timings
@@ -109,26 +108,6 @@ class Layer:
                     f"from 0, not {option.time}, {option.num_bytes} and {option.error}"
                 )
 
-    @classmethod
-    def joined(cls, name: str, layers: Sequence["Layer"]) -> Self:
-        """Layers that take one choice: what all of them offer, costs added.
-
-        Where the engine runs them as one product, time that product instead. Intervals add up as
-        well: the same shape's measurement errs the same way in each.
-        """
-        offered = [{option.label: option for option in layer.options} for layer in layers]
-        common = [label for label in offered[0] if all(label in other for other in offered)]
-        if not common:
-            raise SpecError(
-                f"'{name}': no candidate is legal for all of "
-                f"{', '.join(layer.name for layer in layers)}: add the dense one"
-            )
-        return cls(
-            name=name,
-            linears=tuple(linear for layer in layers for linear in layer.linears),
-            options=tuple(_sum([options[label] for options in offered]) for label in common),
-        )
-
 
 def profiled(timings: Timings, product: Product, profile: Profile) -> Time | None:
     """A product's time on a profile, whatever its own tokens are.
@@ -178,8 +157,8 @@ def may_tie(one: Time, other: Time) -> bool:
     return slow.time_us - fast.time_us <= 2 * allowed_us
 
 
-def noise(layers: Iterable[Layer]) -> list[str]:
-    """A line where measurements were too wide to choose by: most of what there was has tied."""
+def noise(layers: Iterable[Layer]) -> str | None:
+    """A warning where measurements were too wide to choose by: most of what there was has tied."""
     layers = list(layers)
     wide: list[tuple[float, Layer]] = []
     for layer in layers:
@@ -189,24 +168,10 @@ def noise(layers: Iterable[Layer]) -> list[str]:
         if spread > _WIDE and 2 * times.count(min(times)) > len(times) > 1:
             wide.append((spread, layer))
     if not wide:
-        return []
+        return None
     spread, layer = max(wide, key=lambda one: one[0])
-    return [
+    return (
         f"times are uncertain: most candidates tie for {len(wide)} of {len(layers)} layers, at "
         f"worst for '{layer.name}', whose fastest is known to {spread:.0%} of its time: measure "
         "again where nothing else runs"
-    ]
-
-
-def _sum(options: Iterable[Option]) -> Option:
-    options = list(options)
-    return Option(
-        candidate=options[0].candidate,
-        time=Time(
-            time_us=math.fsum(option.time.time_us for option in options),
-            low_us=math.fsum(option.time.low_us for option in options),
-            high_us=math.fsum(option.time.high_us for option in options),
-        ),
-        num_bytes=sum(option.num_bytes for option in options),
-        error=math.fsum(option.error for option in options),
     )

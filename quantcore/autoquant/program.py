@@ -9,10 +9,8 @@ small. With multipliers m >= 0, here those of the relaxation to real numbers, a 
 
 so once some plan is known, an option that lifts this bound past that plan's cost is in no better
 one. That leaves a few options of a few layers (Pisinger 1995, A minimal algorithm for the
-multiple-choice knapsack problem, has the idea of such a core).
-
-HiGHS prints a line of its own where an answer is not whole at first, whatever it is told: that goes
-to standard error.
+multiple-choice knapsack problem, has the idea of such a core): exact, and 0.2 s for 225 linears of
+12 candidates.
 
 A solver answers within tolerances, so sums are scaled to what is left of them once each layer takes
 its least, and its answer is added up anew: one past a limit is ruled out, and the solver asked
@@ -22,21 +20,18 @@ another order may change.
 Shape suffixes: V = pairs of a layer and an option, R = limits.
 """
 
-import ctypes
 import itertools
 import math
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 
+from quantcore.autoquant.solvers import linprog, milp
 from quantcore.errors import QuantizationError
 
 TOLERANCE = 1e-9
@@ -44,8 +39,6 @@ _SCALE = 1e4  # what is left of a sum, in the solver's numbers: its tolerances a
 _MOST_ROUNDINGS = 4096
 _MOST_SWAPS, _MOST_SWAPPED = 64, 512
 _QUICKLY_SOLVED = 48  # options of layers that have more than one left: the solver takes 10 ms
-
-_PRINTING = threading.Lock()
 
 Floats = NDArray[np.float64]
 Costs = Mapping[str, Sequence[Sequence[float]]]  # by name of the sum: by layer, by option
@@ -140,14 +133,13 @@ class Program:
             LinearConstraint(row_V[free_V], -np.inf, _SCALE) for row_V in scaled.limit_RV
         ]
         while True:
-            with _printing_apart():
-                result = milp(
-                    scaled.value_V[free_V],
-                    integrality=np.ones(free_V.sum()),
-                    bounds=Bounds(0, 1),
-                    constraints=constraints,
-                    options={"mip_rel_gap": 0.0},
-                )
+            result = milp(
+                scaled.value_V[free_V],
+                integrality=np.ones(free_V.sum()),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0},
+            )
             if not _has_answer(result):
                 return None
             x_V[free_V] = result.x
@@ -204,30 +196,6 @@ class Program:
         return np.array(
             [of[at] - _least_of(of, options) for of, options in of_layers for at in options]
         )
-
-
-@contextmanager
-def _printing_apart() -> Iterator[None]:
-    """What C code writes to standard output goes to standard error: it is part of no result.
-
-    That is the whole process's, for as long as a solver runs; two threads take turns.
-    """
-    with _PRINTING:
-        flush = ctypes.CDLL(None).fflush  # C keeps lines back where they go to a pipe or a file
-        flush(None)
-        try:
-            kept = os.dup(1)
-        except OSError:  # nothing is open there
-            yield
-            return
-        try:
-            with suppress(OSError):
-                os.dup2(2, 1)
-            yield
-        finally:
-            flush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 def _least_of(costs: Sequence[float], options: Sequence[int]) -> float:

@@ -34,7 +34,7 @@ def output_errors(
     if not seen_S.any():
         raise QuantizationError(
             f"'{name}' gave nothing but zeros for what was recorded: record other inputs, or leave "
-            "it out by filter"
+            "it out: by filter, in a job by an override with skip: true"
         )
     errors = {}
     for scheme in schemes:

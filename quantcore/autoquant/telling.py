@@ -1,76 +1,128 @@
-"""What plans say, in plain lines: why a layer takes what it takes, and how two plans differ."""
+"""What plans say, as plain values: one plan, two beside each other, and why a layer takes what.
 
-from quantcore.autoquant.choice import Chosen, Totals
-from quantcore.autoquant.document import End, Plan
-from quantcore.autoquant.options import Profile
+    shown(plan)          totals, counts, uniform plans, other budgets, and what ran end to end
+    compared(one, two)   the layers that differ, with the costs of both
+    explained(plan, l)   a layer's candidates, and what speaks against each
+
+Values are those of JSON; orchestrator/plan_printing.py makes tables of them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from quantcore.autoquant.choice import Budgets, Chosen
+from quantcore.autoquant.document import Plan
+from quantcore.autoquant.options import Option, Profile
+from quantcore.autoquant.program import keeps
 from quantcore.errors import SpecError
 
+Facts = dict[str, Any]
+Costs = Mapping[str, float]  # time_us, num_bytes and error, with the whole model's correction
 
-def diff(one: Plan, other: Plan) -> list[str]:
-    """What differs, from one to the other, in plain lines; none where both say the same."""
-    lines = []
-    if one.hardware != other.hardware:
-        lines.append(f"hardware: {one.hardware.label()} -> {other.hardware.label()}")
-    if one.profile != other.profile:
-        lines.append(f"profile: {_profile(one.profile)} -> {_profile(other.profile)}")
-    if one.choice.totals != other.choice.totals:
-        lines.append(f"in total: {_totals(one.choice.totals)} -> {_totals(other.choice.totals)}")
-    mine, theirs = one.labels(), other.labels()
-    tied = {linear: layer.ties for layer in one.choice.layers for linear in layer.linears}
-    for linear in sorted(mine.keys() | theirs.keys()):
-        before, after = mine.get(linear, "nothing"), theirs.get(linear, "nothing")
-        if before != after:
-            tie = ", a tie" if after in tied.get(linear, ()) else ""
-            lines.append(f"{linear}: {before} -> {after}{tie}")
-    return lines
+BUDGETS = {"time_us": "time", "num_bytes": "bytes", "error": "error"}
 
 
-def explain(plan: Plan, layer: str) -> list[str]:
-    """Why a layer, by its name or a linear's, takes what it takes. Else raises SpecError."""
-    for chosen in plan.choice.layers:
-        if layer == chosen.layer or layer in chosen.linears:
-            return _explained(plan, chosen)
-    raise SpecError(
-        f"layer: the plan has no '{layer}': write one of its {len(plan.choice.layers)} layers, "
-        f"as '{plan.choice.layers[0].layer}'"
+def shown(plan: Plan) -> Facts:
+    choice = plan.choice
+    counts = Counter(plan.labels().values())
+    return {
+        **_made_for(plan),
+        "totals": asdict(choice.totals),
+        "linears": dict(sorted(counts.items())),
+        "uniforms": [asdict(uniform) for uniform in choice.uniforms],
+        "ends": [asdict(end) for end in plan.ends],
+        "front": [asdict(point.totals) for point in plan.front],
+    }
+
+
+def errors_told(plan: Plan) -> str:
+    """What its errors are."""
+    if plan.checks:
+        return "errors are in nats a token, by a check of the whole model"
+    return "errors are the linears' relative ones, added up: no whole model was checked"
+
+
+def compared(one: Plan, other: Plan) -> Facts:
+    """Two plans side by side, [one, other]; of their layers, those whose choice differs.
+
+    Layers of the same linears are compared whole. Where plans join linears in other ways, each
+    linear has a line, with figures only where a layer is it alone.
+    """
+    facts = [_made_for(one), _made_for(other)]
+    pairs = list(_paired(one, other))
+    return {
+        **{key: [fact[key] for fact in facts] for key in facts[0]},
+        "same_hardware": one.hardware == other.hardware,
+        "same_profile": one.profile == other.profile,
+        "totals": [asdict(one.choice.totals), asdict(other.choice.totals)],
+        "layers": [
+            {
+                "layer": pair.name,
+                "candidate": [side.label for side in pair.sides],
+                "tie": pair.tie,
+                **{key: [side.costs.get(key) for side in pair.sides] for key in BUDGETS},
+            }
+            for pair in pairs
+            if pair.differs
+        ],
+        "layers_alike": sum(not pair.differs for pair in pairs),
+    }
+
+
+def explained(plan: Plan, name: str) -> Facts:
+    """Why a layer, by its name or a linear's, takes what it takes. Raises SpecError for another."""
+    at = next(
+        (
+            at
+            for at, layer in enumerate(plan.choice.layers)
+            if name == layer.layer or name in layer.linears
+        ),
+        None,
     )
-
-
-def _explained(plan: Plan, chosen: Chosen) -> list[str]:
-    option, totals, second = chosen.option, plan.choice.totals, chosen.runner_up
-    share = option.time.time_us / totals.time_us if totals.time_us else 0.0
-    lines = [
-        f"{chosen.layer}: {option.label}",
-        f"time: {option.time.time_us:.6g} us ({option.time.low_us:.6g} to "
-        f"{option.time.high_us:.6g}) on {_profile(plan.profile)}, {share:.1%} of all",
-        f"bytes: {option.num_bytes}",
-        f"error: {plan.choice.correction * option.error:.6g} of {totals.error:.6g}",
-    ]
-    if len(chosen.linears) > 1:
-        lines.insert(1, f"one choice for {', '.join(chosen.linears)}")
-    if second is None:
-        lines.append("runner-up: none, nothing else keeps the budgets")
-    else:
-        lines.append(
-            f"runner-up: {second.label}, by {second.more_us:+.6g} us, "
-            f"{second.more_bytes:+d} bytes, {second.more_error:+.6g} error"
+    if at is None:
+        raise SpecError(
+            f"the plan has no layer '{name}': write one of its {len(plan.choice.layers)}, as "
+            f"'{plan.choice.layers[0].layer}'"
         )
-    if chosen.ties:
-        lines.append(f"ties within the measurements' noise: {', '.join(chosen.ties)}")
-    return lines + proven(plan)
+    chosen = plan.choice.layers[at]
+    options = plan.measured[at].options if plan.measured else (chosen.option,)
+    in_order = sorted(options, key=lambda option: (option.time.time_us, option.label))
+    second = chosen.runner_up
+    return {
+        **_made_for(plan),
+        "layer": chosen.layer,
+        "linears": list(chosen.linears),
+        "candidate": chosen.option.label,
+        "totals": asdict(plan.choice.totals),
+        "share_of_time": chosen.option.time.time_us / (plan.choice.totals.time_us or 1.0),
+        "options": [
+            {
+                "candidate": option.label,
+                **asdict(option.time),
+                **{key: cost for key, cost in _costs(plan, option).items() if key != "time_us"},
+                "verdict": _verdict(plan, chosen, option),
+            }
+            for option in in_order
+        ],
+        "all_options": bool(plan.measured),
+        "runner_up": None if second is None else asdict(second),
+        "ties": list(chosen.ties),
+    }
 
 
-def proven(plan: Plan) -> list[str]:
-    """What the whole model took, as far as plans were run end to end."""
-    return [f"{'kept' if end.kept else 'not kept'}, {_end(end)}" for end in plan.ends]
+def _made_for(plan: Plan) -> Facts:
+    return {
+        "hardware": plan.hardware.label(),
+        "profile": _profile(plan.profile),
+        "objective": plan.choice.objective,
+        "budgets": _budgets(plan.choice.budgets),
+    }
 
 
-def _end(end: End) -> str:
-    predicted = "" if end.predicted_us is None else f" (predicted {end.predicted_us:.6g})"
-    return (
-        f"{end.plan}: {end.measured_us:.6g} us end to end, {end.low_us:.6g} to "
-        f"{end.high_us:.6g}{predicted}"
-    )
+def _budgets(budgets: Budgets) -> dict[str, float]:
+    return {BUDGETS[name]: limit for name, limit in budgets.limits().items()}
 
 
 def _profile(profile: Profile) -> str:
@@ -78,5 +130,89 @@ def _profile(profile: Profile) -> str:
     return f"{profile.name} ({calls})"
 
 
-def _totals(totals: Totals) -> str:
-    return f"{totals.time_us:.6g} us, {totals.num_bytes} bytes, error {totals.error:.6g}"
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What one plan says of a layer, or of a linear."""
+
+    label: str | None = None  # None: nothing
+    ties: tuple[str, ...] = ()
+    costs: Costs = field(default_factory=dict)  # none of a linear that shares a layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    name: str
+    sides: tuple[_Side, _Side]
+
+    @property
+    def differs(self) -> bool:
+        return self.sides[0].label != self.sides[1].label
+
+    @property
+    def tie(self) -> bool:
+        return self.sides[1].label in self.sides[0].ties
+
+
+def _paired(one: Plan, other: Plan) -> Iterator[_Pair]:
+    """In the order of the first plan, then what only the second has."""
+    plans = (one, other)
+    mine, theirs = ({layer.linears: layer for layer in plan.choice.layers} for plan in plans)
+    by_linear = [
+        {linear: layer for layer in plan.choice.layers for linear in layer.linears}
+        for plan in plans
+    ]
+    alone: dict[str, None] = {}
+    for linears in {**mine, **theirs}:
+        if linears in mine and linears in theirs:
+            sides = _side(one, mine[linears]), _side(other, theirs[linears])
+            yield _Pair(mine[linears].layer, sides)
+        else:
+            alone |= dict.fromkeys(linears)
+    for linear in alone:
+        first, second = (of.get(linear) for of in by_linear)
+        yield _Pair(linear, (_side(one, first, joined=False), _side(other, second, joined=False)))
+
+
+def _side(plan: Plan, layer: Chosen | None, joined: bool = True) -> _Side:
+    if layer is None:
+        return _Side()
+    costs = _costs(plan, layer.option) if joined or len(layer.linears) == 1 else {}
+    return _Side(layer.option.label, layer.ties, costs)
+
+
+def _costs(plan: Plan, option: Option) -> Costs:
+    return {
+        "time_us": option.time.time_us,
+        "num_bytes": option.num_bytes,
+        "error": plan.choice.correction * option.error,
+    }
+
+
+def _verdict(plan: Plan, chosen: Chosen, option: Option) -> str:
+    """What speaks against an option, all other layers as they are."""
+    if option == chosen.option:
+        return "chosen"
+    mine, its = _costs(plan, chosen.option), _costs(plan, option)
+    more = {key: its[key] - mine[key] for key in BUDGETS}
+    totals = asdict(plan.choice.totals)
+    limits = plan.choice.budgets.limits()
+    over = {
+        key: totals[key] + more[key] - limit
+        for key, limit in limits.items()
+        if not keeps(totals[key] + more[key], limit)
+    }
+    if over:
+        by = " and ".join(f"of {BUDGETS[key]} by {amount:.4g}" for key, amount in over.items())
+        return f"over the budget {by}"
+    tied = option.label in chosen.ties
+    words = {"time_us": "slower", "error": "more error", "num_bytes": "more bytes"}
+    first, second = (
+        ("time_us", "error") if plan.choice.objective == "time" else ("error", "time_us")
+    )
+    order = (*(key for key in (first, second) if key != "time_us" or not tied), "num_bytes")
+    because = next((words[key] for key in order if more[key] > 0), None)
+    if not tied:
+        return because or "the same in all, with a later name"
+    if because is None and more["time_us"] > 0:
+        return "slower, by less than another run might find"
+    return f"a tie in time; {because or 'the same otherwise, with a later name'}"

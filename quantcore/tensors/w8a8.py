@@ -6,8 +6,9 @@ is multiplied otherwise. Any shape, any of three floating dtypes.
 """
 
 import torch
+from quantkernels import launches
 from quantkernels import w8a8 as kernels
-from quantkernels.launches import Launch
+from quantkernels.launches import Gpu, Launch
 from quantkernels.w8a8 import Tiles8, linear
 from quantkernels.weight_only import FUSED_DTYPES
 from quantkernels.weight_only.tiles import grouping
@@ -39,12 +40,12 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
     return linear(codes_TI, served.scale, zero_T, _tiles(weight), bias_O, x_TI.dtype)
 
 
-def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> Launch:
-    """How that is launched on a GPU, by its name and number of multiprocessors."""
-    return kernels.launch_of(len(x_TI), _tiles(weight), *gpu)
+def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
+    """How that is launched on a GPU."""
+    return launches.launch_of("w8a8", len(x_TI), _tiles(weight), gpu)
 
 
-def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> None:
+def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:
     """For that launch, which is one of ours; tensors may be without memory."""
     activations = weight.scheme.activations
     assert activations is not None

@@ -6,8 +6,9 @@ quantkernels/weight_only. On a CPU the same layout is made dense and multiplied.
 
 from typing import cast
 
+from quantkernels import launches
 from quantkernels import weight_only as kernels
-from quantkernels.launches import Codes, Launch
+from quantkernels.launches import Codes, Gpu, Launch
 from quantkernels.weight_only import FUSED_DTYPES, Tiles, linear
 from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
@@ -25,12 +26,12 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
     return linear(x_TI, _tiles(weight), bias_O)
 
 
-def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> Launch:
-    """How that is launched on a GPU, by its name and number of multiprocessors."""
-    return kernels.launch_of(len(x_TI), _tiles(weight), *gpu)
+def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
+    """How that is launched on a GPU."""
+    return launches.launch_of("weight_only", len(x_TI), _tiles(weight), gpu)
 
 
-def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: tuple[str, int]) -> None:
+def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:
     """For that launch, which is one of ours; tensors may be without memory."""
     kernels.compile_for(x_TI, _tiles(weight), launch_of(x_TI, weight, gpu))
 

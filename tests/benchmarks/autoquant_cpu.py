@@ -42,7 +42,6 @@ from quantcore.autoquant.findings import Findings
 from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
 from quantcore.autoquant.race import Effort
-from quantcore.autoquant.telling import proven
 from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
 from quantcore.schemes import Scheme
@@ -130,7 +129,7 @@ class Planner:
         plan = auto.finalize()
         print(f"{name}: planned in {time.perf_counter() - start:.1f} s", flush=True)
         self.measurements, self.findings = auto.measurements, auto.findings
-        for line in (*map(str, plan.checks[-1:]), *proven(plan), *auto.warnings):
+        for line in (*map(str, plan.checks[-1:]), *map(str, plan.ends), *auto.warnings):
             print(f"    {line}", flush=True)
         if plan.factors:
             print(f"    kernels' times scaled: {plan.factors}", flush=True)

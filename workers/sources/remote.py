@@ -1,9 +1,10 @@
 """A Hugging Face folder in object storage, read a tensor at a time and never as a whole.
 
 Headers and tensors are read by ranges, tensors that lie side by side in common requests, several
-of which are under way at once. The small files that transformers wants come into a private
-temporary folder. Every request names the version that was listed when the model was opened: what
-changes meanwhile is an error, not a mixture.
+of which are under way at once, each tensor straight into its own memory. The small files that
+transformers wants come into a private temporary folder. Every request names the version that was
+listed when the model was opened (its ETag), and the plan has a digest of all of these: what changes
+meanwhile is an error, and no two workers mix versions.
 """
 
 import contextlib

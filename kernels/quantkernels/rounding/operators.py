@@ -1,5 +1,7 @@
 """The launches of fused.py as operators of torch's: torch.compile and torch.export look no deeper.
 
+They fuse nothing into them either: Inductor divides approximately, and codes are to be the same.
+
 Their arguments are tensors and numbers: a grid is told by its fields. The values of a norm that are
 not to be kept are a tensor of no rows. Triton is imported by the first call.
 """

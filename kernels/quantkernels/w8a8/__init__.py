@@ -13,14 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from quantkernels.launches import Codes, Launch, Shape, choose, gpu_of
+from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
 from quantkernels.w8a8 import reference, vendor
 from quantkernels.w8a8.tiles import Tiles8
 
 FUSED_DEVICES = ("cuda", "xpu")
 
-__all__ = ["FUSED_DEVICES", "Tiles8", "compile_for", "launch_of", "linear"]
+__all__ = ["FUSED_DEVICES", "Tiles8", "compile_for", "linear"]
 
 
 def linear(
@@ -52,20 +52,6 @@ def linear(
         dtype,
     )
     return y_TO
-
-
-def launch_of(tokens: int, weight: Tiles8, gpu: str, units: int) -> Launch:
-    """How `linear` is launched on a GPU, by its name and its number of multiprocessors."""
-    rows, columns = weight.features
-    shape = Shape(
-        kernel="w8a8",
-        codes=weight.kind,
-        group=weight.group,
-        rows=rows,
-        columns=columns,
-        tokens=tokens,
-    )
-    return choose(shape, gpu, units)
 
 
 def compile_for(
@@ -112,7 +98,7 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     tokens = codes_TI.shape[0]
     if codes_TI.device.type not in FUSED_DEVICES or 0 in (tokens, rows, columns):
         return reference.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype)
-    launch = launch_of(tokens, weight, *gpu_of(codes_TI.device))
+    launch = launch_of("w8a8", tokens, weight, gpu_of(codes_TI.device))
     if launch.other and vendor.takes(codes_TI, weight, dtype):
         return vendor.linear(codes_TI, scale_T, weight, bias_O, dtype)
     from quantkernels.w8a8 import fused

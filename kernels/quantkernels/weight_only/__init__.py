@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-from quantkernels.launches import Codes, Launch, Shape, choose, gpu_of
+from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
 from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
@@ -29,7 +29,6 @@ __all__ = [
     "Tiles",
     "compile_for",
     "dense",
-    "launch_of",
     "linear",
     "pack",
 ]
@@ -54,20 +53,6 @@ def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
         *weight.features,
     )
     return y_TO
-
-
-def launch_of(tokens: int, weight: Tiles, gpu: str, units: int) -> Launch:
-    """How `linear` is launched on a GPU, by its name and its number of multiprocessors."""
-    rows, columns = weight.features
-    shape = Shape(
-        kernel="weight_only",
-        codes=weight.kind,
-        group=weight.group,
-        rows=rows,
-        columns=columns,
-        tokens=tokens,
-    )
-    return choose(shape, gpu, units)
 
 
 def compile_for(x_TI: Tensor, weight: Tiles, launch: Launch) -> None:
@@ -128,7 +113,7 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
     tokens = x_TI.shape[0]
     if 0 in (tokens, rows, columns):
         return torch.nn.functional.linear(x_TI, x_TI.new_zeros(rows, columns), bias_O)
-    launch = launch_of(tokens, weight, *gpu_of(x_TI.device))
+    launch = launch_of("weight_only", tokens, weight, gpu_of(x_TI.device))
     if launch.other:
         return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
     return fused.linear(x_TI, weight, bias_O, launch)
