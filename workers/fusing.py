@@ -7,7 +7,7 @@ D = values of a head.
 """
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -71,10 +71,11 @@ def _candidates(module: nn.Module) -> tuple[int, list[Forward]]:
     """A module's width, and what its forward might be."""
     if may_be_norm(module):
         return len(module.get_parameter("weight")), list(_norms(module))
-    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    children = module.named_children()
+    linears = {name: child for name, child in children if isinstance(child, nn.Linear)}
     if len(linears) != 3:
         return 0, []
-    return linears[0].in_features, list(_gated(*linears))
+    return next(iter(linears.values())).in_features, list(_gated(module, linears))
 
 
 def _norms(norm: nn.Module) -> Iterator[Forward]:
@@ -87,14 +88,18 @@ def _norms(norm: nn.Module) -> Iterator[Forward]:
             yield partial(rms_norm, weight_I=weight_I, eps=eps, form=form)
 
 
-def _gated(first: nn.Linear, second: nn.Linear, down: nn.Linear) -> Iterator[Forward]:
+def _gated(module: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[Forward]:
+    one, other, last = linears
+    first, second, down = linears.values()
     if first.weight.shape == second.weight.shape and down.in_features == first.out_features:
-        yield partial(_gated_forward, first, second, down)
-        yield partial(_gated_forward, second, first, down)
+        yield partial(_gated_forward, module, one, other, last)
+        yield partial(_gated_forward, module, other, one, last)
 
 
-def _gated_forward(gate: nn.Linear, up: nn.Linear, down: nn.Linear, x: Tensor) -> Tensor:
-    y: Tensor = down(silu_product(gate(x), up(x)))
+def _gated_forward(module: nn.Module, gate: str, up: str, down: str, x: Tensor) -> Tensor:
+    """By name, since other linears may be put in their places: quantized ones, or joined."""
+    inner = silu_product(getattr(module, gate)(x), getattr(module, up)(x))
+    y: Tensor = getattr(module, down)(inner)
     return y
 
 

@@ -44,7 +44,8 @@ from quantcore.autoquant.measurements import HardwareKind, Measurements
 from quantcore.autoquant.options import Profile
 from tests.benchmarks.block_costs import SHAPES
 from tests.benchmarks.decode import WHOLE, random_model
-from tests.benchmarks.plan_runs import FREE, Run, fuse_by_name, runner
+from tests.benchmarks.plan_runs import FREE, Run, runner
+from workers.fusing import fuse
 from workers.kind import hardware_kind
 
 TINY = {
@@ -103,6 +104,10 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
         found, seconds = run.planned(*args)
         facts["seconds"][name] = round(seconds, 2)
         print(f"{name}: {seconds:.1f} s; {told(found)}", flush=True)
+        if run.options.plans:
+            run.options.plans.mkdir(parents=True, exist_ok=True)
+            file = "".join(letter if letter.isalnum() else "-" for letter in name)
+            (run.options.plans / f"{file}.json").write_text(written(found))
         return found
 
     for profile in profiles:
@@ -295,7 +300,7 @@ def main() -> None:
     shape = shape | {"num_hidden_layers": options.layers or shape["num_hidden_layers"]}
     config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=False, **shape)
     model = random_model(config, options.device)
-    fuse_by_name(model)
+    fuse(model)
     kind = hardware_kind(options.device)
     threads = torch.get_num_threads() if options.device == "cpu" else 0
     draw = torch.Generator(options.device).manual_seed(1)
@@ -323,10 +328,6 @@ def main() -> None:
     print(f"a model was there after {time.perf_counter() - begun_s:.1f} s", flush=True)
     plans, facts = made(run, profiles)
     rows = end_to_end(run, profiles, plans)
-    if options.plans:
-        options.plans.mkdir(parents=True, exist_ok=True)
-        for number, plan in enumerate(plans.values()):
-            (options.plans / f"plan-{number}.json").write_text(written(plan))
     print(f"\n{options.shape}, {config.num_hidden_layers} layers; {kind}\n")
     print(json.dumps(facts["seconds"]))
     print(json.dumps(facts["agreement"]))

@@ -5,11 +5,8 @@ import gc
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
-from quantkernels.forward import silu_product
 from torch import Tensor, nn
 
 from quantcore.autoquant import autoquant
@@ -26,28 +23,10 @@ from quantcore.autoquant.timing import Bench
 from quantcore.joining import join_linears
 from quantcore.quantize import linears_of
 from quantcore.recorder import Recorder
-from tests.benchmarks.decode import Decoder, linear_bytes
-from workers.fusing import fuse
+from tests.benchmarks.decode import Decoder, captured, linear_bytes
 
 FREE = Budgets()
 _DECODED = 16  # as many tokens a call or fewer are a step of so many sequences
-
-
-def fuse_by_name(model: nn.Module) -> None:
-    """Our kernels for norms, rotary embeddings and gated products, which find linears by name.
-
-    What `fuse` makes holds the linears that it found, and would go on with them when others, joined
-    ones, are put in their places.
-    """
-    for name in fuse(model):
-        module = model.get_submodule(name)
-        if hasattr(module, "gate_proj"):
-            module.forward = partial(_gated, module)
-
-
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    y: Tensor = mlp.down_proj(silu_product(mlp.gate_proj(x), mlp.up_proj(x)))
-    return y
 
 
 class Careful(Bench):
@@ -154,7 +133,7 @@ def _part(
         draw = torch.Generator(device).manual_seed(0)  # products of equal rows take less power
         words = model.config.vocab_size  # type: ignore[union-attr]
         prompt_BT = torch.randint(words, (1, tokens), generator=draw, device=device)
-        prompt = _captured(lambda: model(prompt_BT, use_cache=False, logits_to_keep=1).logits)
+        prompt = captured(lambda: model(prompt_BT, use_cache=False, logits_to_keep=1).logits)
         return lambda: [prompt() for _ in range(calls)]
     decoder = Decoder(model, tokens, options.cache, compiled=False)
     ids_BT = torch.ones(tokens, 4, dtype=torch.long, device=device)
@@ -170,19 +149,6 @@ def _part(
             left[0] -= 1
 
     return steps
-
-
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph's replay, as servers run a model: its kernels' time, and none of Python's."""
-    if not torch.cuda.is_available():
-        return run
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-    return lambda: (graph.replay(), kept)
 
 
 def _ms(run: Callable[[], object]) -> float:
