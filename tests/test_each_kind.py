@@ -25,7 +25,7 @@ from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
 from workers.store import open_store
 
 OTHER = "job-NVIDIA_H200"
-MINE = "job-" + "".join(c if c.isalnum() else "_" for c in here().name)
+MINE = "job-" + "".join(c if c.isalnum() else "_" for c in here().full_name())
 NEVER = "never"  # a task that no job has
 CPU, GPU = labels_of(BLOCKS), labels_of(BLOCKS, INT8, INT4, INT8)  # rounded otherwise everywhere
 
