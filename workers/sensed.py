@@ -6,14 +6,15 @@
 
 What they were measured on is a digest of model, texts and dtype (orchestrator/to_plan.py). As with
 times (measured.py) a file is never written over: who has measured writes one, who reads merges all,
-and `tidy` makes one of many.
+and `tidy` makes one of many. What cannot be read, or is of another version, is named, ignored and
+left where it is.
 """
 
 import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from quantcore.errors import StoreError
@@ -43,9 +44,11 @@ def keep_divergence(store: Store, variant: str, divergence: float) -> None:
     _write(store, _Document({}, {variant: divergence}))
 
 
-def known(store: Store, schemes: Mapping[str, Scheme]) -> dict[str, dict[Scheme, float]]:
-    """All that is known of these schemes, by their labels."""
-    errors = _merged(_documents(store).values()).errors
+def known(
+    store: Store, schemes: Mapping[str, Scheme], warn: Callable[[str], None]
+) -> dict[str, dict[Scheme, float]]:
+    """All that is known of these schemes, by their labels; `warn` is told of files of no use."""
+    errors = _merged(_documents(store, warn).values()).errors
     return {
         linear: {schemes[label]: error for label, error in of.items() if label in schemes}
         for linear, of in errors.items()
@@ -53,12 +56,12 @@ def known(store: Store, schemes: Mapping[str, Scheme]) -> dict[str, dict[Scheme,
 
 
 def known_divergences(store: Store) -> dict[str, float]:
-    return _merged(_documents(store).values()).divergences
+    return _merged(_documents(store, _unsaid).values()).divergences
 
 
 def tidy(store: Store) -> None:
     """One file instead of many, for the next reader's sake."""
-    documents = _documents(store)
+    documents = _documents(store, _unsaid)
     if len(documents) > 1:
         kept = _write(store, _merged(documents.values()))
         for name in documents.keys() - {kept}:
@@ -90,16 +93,23 @@ def _merged(documents: Iterable[_Document]) -> _Document:
     return _Document(errors, divergences)
 
 
-def _documents(store: Store) -> dict[str, _Document]:
-    """By name, those of this version. One that goes away meanwhile was merged: look again."""
-    found: dict[str, _Document | None] = {}
+def _unsaid(_line: str) -> None:
+    """It was told of once."""
+
+
+def _documents(store: Store, warn: Callable[[str], None]) -> dict[str, _Document]:
+    """By name, those that can be read. One that goes away meanwhile was merged: look again."""
+    found: dict[str, _Document | str] = {}
     for _ in range(_LISTINGS):
         new = [name for name in store.list() if name.endswith(".json") and name not in found]
         for name in new:
             with contextlib.suppress(_GoneError):
                 found[name] = _document(store, name)
         if all(name in found for name in new):
-            return {name: document for name, document in found.items() if document is not None}
+            for name, one in found.items():
+                if isinstance(one, str):
+                    warn(f"{store.url}/{name} is ignored: {one}")
+            return {name: one for name, one in found.items() if isinstance(one, _Document)}
     raise StoreError(f"{store.url}: files go as fast as they are read: try again")
 
 
@@ -107,8 +117,8 @@ class _GoneError(Exception):
     pass
 
 
-def _document(store: Store, name: str) -> _Document | None:
-    """None for one of another version. Raises StoreError for a damaged one."""
+def _document(store: Store, name: str) -> _Document | str:
+    """Why it is of no use, if it is of none."""
     try:
         data = store.get(name)
     except StoreError:
@@ -118,13 +128,12 @@ def _document(store: Store, name: str) -> _Document | None:
     try:
         told = json.loads(data)
         if told["version"] != VERSION:
-            return None
+            return f"errors of version {told['version']} where this reads {VERSION}"
         for of in (*told["errors"].values(), told["divergences"]):
             for error in of.values():
                 if type(error) not in (int, float) or not 0 <= error < math.inf:
                     raise ValueError(f"{error!r} is no error")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{store.url}/{name}: damaged ({error}): delete it to have it measured anew"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        return f"errors: damaged ({why}): delete it to have them anew"
     return _Document(told["errors"], told["divergences"])
