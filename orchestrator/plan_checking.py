@@ -1,5 +1,6 @@
-"""Whole models beside plans' errors: what a scheme's errors are scaled by, and whether a plan keeps
-its budget once it is measured. See quantcore/autoquant/divergence.py.
+"""Whole models beside plans' errors: what a scheme's are scaled by, and what a plan's are.
+
+See quantcore/autoquant/divergence.py and confirming.py.
 
 A worker with the whole model is asked for variants of it, each known by a digest of what its
 linears take; what the store knows is not asked for.
@@ -12,19 +13,14 @@ from dataclasses import dataclass
 
 from orchestrator.loop import Summaries
 from orchestrator.to_plan import ToPlan
-from quantcore.autoquant.choice import Choice, choose
+from quantcore.autoquant.choice import Choice
 from quantcore.autoquant.costs import Spot
 from quantcore.autoquant.document import CHOSEN, Check
-from quantcore.autoquant.options import Layer
-from quantcore.autoquant.program import keeps
-from quantcore.errors import QuantizationError
 from quantcore.schemes import Scheme
 from workers import sensed
 from workers.layout import dump
 from workers.store import STORE_PATIENCE_S
 from workers.tasks import Diverge, Task
-
-_MOST_CHOICES = 8
 
 Do = Callable[[Mapping[str, Task]], Summaries]
 
@@ -52,25 +48,14 @@ class Checker:
             checks.append(Check(plan=label, summed=summed, predicted=None, measured=measured))
         return factors, checks
 
-    def confirmed(
-        self, choice: Choice, layers: Sequence[Layer], spots: Sequence[Spot]
-    ) -> tuple[Choice, Check]:
-        """The choice, or another one, that keeps its budget of error when it is measured."""
-        limit = choice.budgets.error
-        for _ in range(_MOST_CHOICES):
-            (measured,) = self._measured([_schemes(choice)])
-            predicted = choice.totals.error
-            summed = _summed(choice, spots)
-            check = Check(plan=CHOSEN, summed=summed, predicted=predicted, measured=measured)
-            if limit is None or keeps(measured, limit):
-                return choice, check
-            if predicted == 0:
-                break
-            correction = choice.correction * max(1.01, measured / predicted)
-            choice = choose(layers, choice.objective, choice.budgets, correction)
-        raise QuantizationError(
-            f"plan.budgets.error: {limit}: the last of {_MOST_CHOICES} plans that should keep it "
-            f"was measured to move the model by {measured:.4g}: write more"
+    def check(self, choice: Choice, spots: Sequence[Spot]) -> Check:
+        """The whole model under a choice."""
+        (measured,) = self._measured([_schemes(choice)])
+        return Check(
+            plan=CHOSEN,
+            summed=_summed(choice, spots),
+            predicted=choice.totals.error,
+            measured=measured,
         )
 
     def _measured(self, variants: Sequence[dict[str, Scheme]]) -> list[float]:

@@ -24,6 +24,7 @@ from orchestrator.scheduler import Assignment
 from orchestrator.to_plan import Kind, ToPlan
 from quantcore.autoquant.asking import contests, layers, spot
 from quantcore.autoquant.choice import choose
+from quantcore.autoquant.confirming import confirmed
 from quantcore.autoquant.costs import Spot
 from quantcore.autoquant.document import Check, Plan
 from quantcore.autoquant.front import front
@@ -165,10 +166,14 @@ class _Planner:
         if job.held_out:
             factors, checks = checker.factors(spots)
         found = self._layers(spots, factors)
-        choice = choose(found, job.spec.quantization.planning.least, job.budgets)
+        least = job.spec.quantization.planning.least
         if job.held_out:
-            choice, check = checker.confirmed(choice, found, spots)
+            choice, check = confirmed(
+                found, least, job.budgets, lambda choice: checker.check(choice, spots)
+            )
             checks.append(check)
+        else:
+            choice = choose(found, least, job.budgets)
         return Plan(
             hardware=self.kind.hardware,
             profile=job.profile,

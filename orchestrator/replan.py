@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quantcore.autoquant.choice import Budgets, Objective, choose
+from quantcore.autoquant.choice import Budgets, Objective
+from quantcore.autoquant.confirming import choose_beside
 from quantcore.autoquant.document import CHOSEN, Plan
 from quantcore.autoquant.front import front
 from quantcore.errors import SpecError
@@ -38,7 +39,7 @@ def chosen_again(plan: Plan, budgets: Budgets, objective: Objective | None = Non
     """Raises SpecError where no plan keeps the budgets, or the document has too little to say."""
     if not plan.measured:
         raise SpecError("the plan does not tell what else was measured: plan anew")
-    choice = choose(
+    choice = choose_beside(
         plan.measured, objective or plan.choice.objective, budgets, plan.choice.correction
     )
     points = plan.front
