@@ -98,7 +98,8 @@ class Autoquant:
             share=join,
         )
         self._recorder.__enter__()
-        self._hook: Any = model.register_forward_hook(self._called, with_kwargs=True)
+        called = torch.compiler.disable(self._called)  # by a compiled wrapper of the model, too
+        self._hook: Any = model.register_forward_hook(called, with_kwargs=True)
 
     @property
     def findings(self) -> Findings:
@@ -220,7 +221,7 @@ class Autoquant:
 
 def autoquant(  # noqa: PLR0913 - one call has all there is to say
     model: nn.Module,
-    candidates: Iterable[str | Scheme] = ("default",),
+    candidates: str | Scheme | Iterable[str | Scheme] = ("default",),
     *,
     filter: Filter | None = None,  # noqa: A002 - as quantize_ has it
     objective: Objective = "time",
@@ -251,7 +252,7 @@ def autoquant(  # noqa: PLR0913 - one call has all there is to say
     What `measurements` and `findings` have is not measured again; the handle's have the new ones
     too. Raises SpecError for budgets that cannot be kept, with what can, and QuantizationError.
     """
-    candidates = list(candidates)
+    candidates = [candidates] if isinstance(candidates, str | Scheme) else list(candidates)
     names = [of for of in candidates if isinstance(of, str)]
     schemes = schemes_of(names) + [of for of in candidates if isinstance(of, Scheme)]
     if not schemes:
