@@ -9,6 +9,7 @@ rounding knows it.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
+from quantcore.autoquant.shapes import num_bytes, weight_of
 from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER
@@ -98,6 +100,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     kinds = _kinds(spec, prepared, families, dtype)
     _refuse_namesakes(kinds)
     _refuse_followed(spec, kinds)
+    _refuse_too_few_bytes(spec, families, kinds, dtype)
     budgets = spec.quantization.planning.budgets
     return ToPlan(
         spec=spec,
@@ -306,6 +309,29 @@ def _refuse_namesakes(kinds: Sequence[Kind]) -> None:
             raise ResourceError(
                 f"two kinds of one name would share {name}: {one.hardware.label()}, and "
                 f"{other.hardware.label()}: plan on the nodes of one"
+            )
+
+
+def _refuse_too_few_bytes(
+    spec: JobSpec, families: Sequence[Family], kinds: Sequence[Kind], dtype: str
+) -> None:
+    """Bytes are known before anything is measured."""
+    limit = spec.quantization.planning.budgets.num_bytes()
+
+    @cache
+    def size(candidate: Candidate, rows: int, columns: int) -> int:
+        return num_bytes(weight_of(candidate, rows, columns, dtype))
+
+    for kind in kinds if limit is not None else ():
+        least = 0
+        for family, offered in zip(families, kind.offered, strict=True):
+            shapes = list(family.linears.values())
+            rows = sum(rows for rows, _ in shapes)
+            least += min(size(candidate, rows, shapes[0][1]) for candidate in offered)
+        if limit is not None and least > limit:
+            raise SpecError(
+                f"quantization.plan.budgets.bytes: no plan for {kind.hardware.full_name()} has "
+                f"{limit:.0f} or less: write {least} or more, the least that can be had"
             )
 
 

@@ -70,6 +70,7 @@ def test_times_too_wide_to_tell_candidates_apart_are_warned_of() -> None:
     ("sections", "plan", "message"),
     [
         ({"calibration": None}, {"rounding": "rtn"}, "calibration: a plan's errors are measured"),
+        ({}, {"budgets": {"bytes": 9}}, "has 9 or less: write 116736 or more, the least that can"),
         ({}, {"candidates": ["int9"]}, "quantization.plan.candidates.0: Input should be 'default'"),
         ({}, {"profile": "decode"}, "quantization.plan.profile"),
         ({}, {"calls": [{"tokens": 1}, {"tokens": 1}]}, "a number of tokens stands twice"),

@@ -98,7 +98,8 @@ class Autoquant:
             share=join,
         )
         self._recorder.__enter__()
-        called = torch.compiler.disable(self._called)  # by a compiled wrapper of the model, too
+        # a compiled wrapper of the model may call it, too
+        called = torch.compiler.disable(self._called)  # type: ignore[no-untyped-call]
         self._hook: Any = model.register_forward_hook(called, with_kwargs=True)
 
     @property
