@@ -43,8 +43,9 @@ def chosen_again(plan: Plan, budgets: Budgets, objective: Objective | None = Non
         plan.measured, objective or plan.choice.objective, budgets, plan.choice.correction
     )
     points = plan.front
-    if budgets.num_bytes != plan.choice.budgets.num_bytes:
-        points = front(plan.measured, budgets.num_bytes, plan.choice.correction)
+    before = plan.choice.budgets.num_bytes, plan.choice.correction
+    if (budgets.num_bytes, choice.correction) != before:
+        points = front(plan.measured, budgets.num_bytes, choice.correction)
     again = replace(plan, choice=choice, front=points)
     if again.labels() == plan.labels():
         return again
