@@ -321,6 +321,27 @@ def test_a_model_that_is_compiled_before_its_next_call_is_recorded_in_it() -> No
         torch.testing.assert_close(compiled(ids()), eager(ids()), rtol=0.05, atol=0.05)
 
 
+def test_what_was_changed_between_recording_and_finalizing_is_refused() -> None:
+    one = model()
+    first, second = (
+        autoquant(one, "int4", calls=None, bench=MadeUp(**INT4_WINS), hardware=HERE)
+        for _ in range(2)
+    )
+    one(ids())
+    first.finalize()
+    with pytest.raises(
+        QuantizationError, match=r"'blocks\.0\.q_proj' is another than"
+    ):
+        second.finalize()
+    other = model()
+    auto = autoquant(other, "int4", calls=None, bench=MadeUp(**INT4_WINS), hardware=HERE)
+    other(ids())
+    other.blocks[1].o_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+    with pytest.raises(QuantizationError, match=r"'blocks\.1\.o_proj' is another"):
+        auto.finalize()
+    assert set(labels(other).values()) == {"dense"}
+
+
 def test_a_plan_for_other_shapes_is_refused() -> None:
     plan = planned(model()).plan
     other = model()

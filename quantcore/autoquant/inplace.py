@@ -47,6 +47,7 @@ from quantcore.joining import TOGETHER, joinable
 from quantcore.quantize import Filter, linears_of
 from quantcore.recorder import Recorder
 from quantcore.schemes import Scheme
+from quantcore.tensors import QuantizedTensor
 
 _ROWS_OF_A_CALL, _MOST_ROWS = 128, 512  # tokens that errors are measured on
 RECORDED: Literal["recorded"] = "recorded"
@@ -127,6 +128,7 @@ class Autoquant:
         self._hook = None
         self._recorder.__exit__(None, None, None)
         self._refuse_uncalled()
+        self._refuse_changed()
         with torch.no_grad():
             self.plan = self._made()
             swap(self._model, self.plan.labels(), self._recorder)
@@ -143,6 +145,15 @@ class Autoquant:
                 "by filter"
             )
         refuse_apart(self._joined, self._recorder)
+
+    def _refuse_changed(self) -> None:
+        modules = dict(self._model.named_modules())
+        for name, linear in self._linears.items():
+            if modules.get(name) is not linear or isinstance(linear.weight, QuantizedTensor):
+                raise QuantizationError(
+                    f"autoquant: '{name}' is another than was recorded, or was quantized since: "
+                    "call it again"
+                )
 
     def _made(self) -> Plan:
         recorder, model, known = self._recorder, self._model, self._known
