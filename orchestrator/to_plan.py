@@ -339,10 +339,12 @@ def _passed_over(
     spec: JobSpec, kinds: Sequence[Kind], machines: Sequence[Machine]
 ) -> tuple[str, ...]:
     """A note of what else the cluster has, and is not asked."""
-    if spec.workers.kind == "mixed":
-        return ()
     planned = {kind.hardware.full_name() for kind in kinds}
-    others = (HardwareKind.of(of.kind).full_name() for of in choose_fleet(machines, "mixed"))
+    others = (
+        HardwareKind.of(of.kind).full_name()
+        for of in choose_fleet(machines, "mixed")
+        if spec.workers.kind in {"auto", of.device}
+    )
     names = [name for name in dict.fromkeys(others) if name not in planned]
     if not names:
         return ()

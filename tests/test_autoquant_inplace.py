@@ -329,9 +329,7 @@ def test_what_was_changed_between_recording_and_finalizing_is_refused() -> None:
     )
     one(ids())
     first.finalize()
-    with pytest.raises(
-        QuantizationError, match=r"'blocks\.0\.q_proj' is another than"
-    ):
+    with pytest.raises(QuantizationError, match=r"'blocks\.0\.q_proj' is another than"):
         second.finalize()
     other = model()
     auto = autoquant(other, "int4", calls=None, bench=MadeUp(**INT4_WINS), hardware=HERE)
