@@ -26,7 +26,7 @@ from jobs.plan import PlanSpec
 from jobs.spec import NAME, CalibrationSpec, JobSpec
 from orchestrator.checks import Look, Prepared, look_here, prepare
 from orchestrator.driver import JobResult
-from orchestrator.each_stored import begun_first
+from orchestrator.each_stored import begun_first, is_dense
 from orchestrator.findings import Findings
 from orchestrator.identity import stored_job
 from orchestrator.planned import (
@@ -96,9 +96,10 @@ def check_each(
 ) -> EachKind:
     """Look at all that a job with each_kind names. Raises JobFaults with every fault found."""
     findings = Findings(document, faults)
-    found = findings.attempt(_EACH, lambda: _artifacts(spec))
-    if found is None:
+    told = findings.attempt(_EACH, lambda: _artifacts(spec))
+    if told is None:
         raise JobFaults(str(document.path), findings.faults)
+    found, left = told
     first = None
     try:
         first = prepare(
@@ -117,11 +118,15 @@ def check_each(
         faults = [fault for fault in faults if fault.field != PLAN]  # told with the plan's kind
     if faults or first is None:
         raise JobFaults(str(document.path), faults)
-    return EachKind(spec, document, found, replace(first, notes=(*_notes(found), *first.notes)))
+    notes = (*_notes(found), *left, *first.notes)
+    return EachKind(spec, document, found, replace(first, notes=notes))
 
 
-def _artifacts(spec: JobSpec) -> tuple[Artifact, ...]:
-    """By every plan in the job's folder. Raises SpecError for one that the job does not ask for."""
+def _artifacts(spec: JobSpec) -> tuple[tuple[Artifact, ...], tuple[str, ...]]:
+    """By every plan in the job's folder that chooses something, and notes of the others.
+
+    Raises SpecError for a plan that the job does not ask for.
+    """
     folder = open_store(_folder(spec))
     if stored_job(folder) is not None:
         raise SpecError(
@@ -141,6 +146,11 @@ def _artifacts(spec: JobSpec) -> tuple[Artifact, ...]:
                 "shorter one"
             )
         plans[name] = (place, planned)
+    dense = [name for name, (_, planned) in plans.items() if _needs_none(spec, planned)]
+    if len(dense) < len(plans):  # else that is told as what is wrong
+        left = tuple(_left_dense(plans.pop(name)[1]) for name in dense)
+    else:
+        left = ()
     first = begun_first(folder) or _first(plans)
     if first not in plans:
         raise SpecError(
@@ -148,9 +158,23 @@ def _artifacts(spec: JobSpec) -> tuple[Artifact, ...]:
             "write another name"
         )
     names = [first, *(name for name in plans if name != first)]
-    return tuple(
+    artifacts = (
         Artifact(_spec_of(spec, name, first, plans[name][0]), *plans[name]) for name in names
     )
+    return tuple(artifacts), left
+
+
+def _left_dense(planned: Planned) -> str:
+    return (
+        f"no artifact for {planned.plan.hardware.label()}: its plan leaves every linear dense, so "
+        "the model serves there as it is"
+    )
+
+
+def _needs_none(spec: JobSpec, planned: Planned) -> bool:
+    """Whether the model serves as it is on a plan's kind: no job has anything to do for it."""
+    own_schemes = any(override.scheme for override in spec.quantization.overrides)
+    return not own_schemes and is_dense(planned.document)
 
 
 def _first(plans: Mapping[str, tuple[str, Planned]]) -> str:

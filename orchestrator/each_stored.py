@@ -37,8 +37,22 @@ def begun_first(folder: Store) -> str | None:
 
 
 def artifacts_in(folder: Store) -> list[Store]:
-    """The jobs of all plans that are there, whether begun or not."""
-    name = folder.url.rpartition("/")[2]
-    plans = sorted(folder.list(f"{PLANS}/"))
+    """The jobs of all plans that are there and choose something, whether begun or not."""
+    name, record = folder.url.rpartition("/")[2], stored_each(folder)
+    overrides = record["spec"]["quantization"]["overrides"] if record else []
+    own_schemes = any(override.get("scheme") for override in overrides)
+    plans = [
+        plan
+        for plan in sorted(folder.list(f"{PLANS}/"))
+        if own_schemes or not is_dense(folder.get(plan))
+    ]
     stems = (plan.removeprefix(f"{PLANS}/").removesuffix(".json") for plan in plans)
     return [beside(folder, f"{name}-{stem}") for stem in stems]
+
+
+def is_dense(plan: bytes) -> bool:
+    """Whether a plan leaves every linear as it is. One that is damaged is told of elsewhere."""
+    try:
+        return all(layer["candidate"] == "dense" for layer in json.loads(plan)["layers"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

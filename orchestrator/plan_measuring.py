@@ -82,6 +82,10 @@ class _Fleet:
         observers = Observers(*listening, self.observer)
         return execute([Bag(tasks, alone=alone)], self.started(), observers, Timings())
 
+    def ignored(self, line: str) -> None:
+        """What the store has, and is no use."""
+        self.observer.note("measurements ignored", why=line)
+
     def close(self) -> None:
         if self._executor is not None:
             self._executor.close()
@@ -97,7 +101,7 @@ def _errors(job: ToPlan, fleet: _Fleet) -> Errors:
                 wanted.setdefault(linear, {}).update(schemes)
     labels = {scheme.label(): scheme for of in wanted.values() for scheme in of}
     store = sensed.open_errors(job.spec.output.store, job.key, STORE_PATIENCE_S)
-    known = sensed.known(store, labels)
+    known = sensed.known(store, labels, fleet.ignored)
     missing = {
         linear: tuple(scheme for scheme in of if scheme not in known.get(linear, {}))
         for linear, of in wanted.items()
@@ -106,7 +110,7 @@ def _errors(job: ToPlan, fleet: _Fleet) -> Errors:
     if missing:
         fleet.do("sense", _sense_tasks(job, missing, fleet.workers()))
         sensed.tidy(store)
-        known = sensed.known(store, labels)
+        known = sensed.known(store, labels, lambda _: None)
     return known
 
 
@@ -181,7 +185,7 @@ class _Planner:
         """To choose from, once all of them are timed."""
         store = measured.open_measurements(self.job.spec.output.store, STORE_PATIENCE_S)
         hardware = self.kind.hardware
-        known = measured.known(store, hardware, self._ignored)
+        known = measured.known(store, hardware, self.fleet.ignored)
         for number in range(_MOST_ROUNDS):
             lacking = [
                 these
@@ -221,6 +225,3 @@ class _Planner:
             for summary in summaries.values()
             for product, timing in summary["timings"].items()
         }
-
-    def _ignored(self, line: str) -> None:
-        self.fleet.observer.note("measurements ignored", why=line)

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from quantcore.autoquant.choice import Budgets, Objective, choose
+from quantcore.autoquant.choice import Budgets, Objective
+from quantcore.autoquant.confirming import choose_beside
 from quantcore.autoquant.document import CHOSEN, Plan
 from quantcore.autoquant.front import front
 from quantcore.errors import SpecError
@@ -38,12 +39,13 @@ def chosen_again(plan: Plan, budgets: Budgets, objective: Objective | None = Non
     """Raises SpecError where no plan keeps the budgets, or the document has too little to say."""
     if not plan.measured:
         raise SpecError("the plan does not tell what else was measured: plan anew")
-    choice = choose(
+    choice = choose_beside(
         plan.measured, objective or plan.choice.objective, budgets, plan.choice.correction
     )
     points = plan.front
-    if budgets.num_bytes != plan.choice.budgets.num_bytes:
-        points = front(plan.measured, budgets.num_bytes, plan.choice.correction)
+    before = plan.choice.budgets.num_bytes, plan.choice.correction
+    if (budgets.num_bytes, choice.correction) != before:
+        points = front(plan.measured, budgets.num_bytes, choice.correction)
     again = replace(plan, choice=choice, front=points)
     if again.labels() == plan.labels():
         return again

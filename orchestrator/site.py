@@ -29,7 +29,7 @@ class Site:
         """The workers that a job was found to need. Raises ResourceError if they do not start."""
         if self.in_process:
             return InProcessExecutor(plan, prepared.team.devices)
-        from orchestrator.ray_cluster import embedded, joined
+        from orchestrator.ray_cluster import embedded
         from orchestrator.ray_executor import RayExecutor, Wanted
 
         workers = prepared.spec.workers
@@ -41,19 +41,23 @@ class Site:
             all_at_once=self.cluster is None,
             refused=of_another_kind(self.seen, prepared.device, plan.contract.kind),
         )
-        ray = self.cluster
-        if ray is None:
-            gpus = sum(device != "cpu" for device in prepared.team.devices)
-            store = prepared.admitted.object_store
-            ray = embedded(cpus=max(1, math.ceil(count * cpus)), gpus=gpus, object_store=store)
-        elif not ray.is_initialized():  # workers before these ended the connection with them
-            ray = joined(self.address)
-        return RayExecutor(plan, wanted, ray)
+        if self.cluster is not None:
+            return RayExecutor(plan, wanted, self._connected())
+        gpus = sum(device != "cpu" for device in prepared.team.devices)
+        store = prepared.admitted.object_store
+        cpus_in_all = max(1, math.ceil(count * cpus))
+        return RayExecutor(plan, wanted, embedded(cpus=cpus_in_all, gpus=gpus, object_store=store))
+
+    def _connected(self) -> Any:
+        """To the cluster, anew where workers before ended the connection with them."""
+        from orchestrator.ray_cluster import joined
+
+        return self.cluster if self.cluster.is_initialized() else joined(self.address)
 
     def _look_at_nodes(self, paths: Sequence[str]) -> list[Machine]:
         from orchestrator.ray_cluster import look_at_nodes
 
-        self.seen[:] = look_at_nodes(self.cluster, paths)
+        self.seen[:] = look_at_nodes(self._connected(), paths)
         return self.seen
 
 

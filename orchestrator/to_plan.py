@@ -9,6 +9,7 @@ rounding knows it.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jobs.load import Document
 from jobs.spec import EvaluationSpec, JobSpec
 from orchestrator.checks import Look, Prepared, look_here, prepare, read_job
 from orchestrator.identity import stored_job
-from orchestrator.machines import Chosen
+from orchestrator.machines import choose_fleet
 from orchestrator.planned import artifact_name
 from orchestrator.team import Team
 from quantcore.autoquant.candidates import Candidate, schemes_of
@@ -24,6 +25,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
+from quantcore.autoquant.shapes import num_bytes, weight_of
 from quantcore.autoquant.spots import Features, legal
 from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
@@ -31,6 +33,7 @@ from quantcore.joining import TOGETHER
 from quantcore.schemes import Scheme
 from workers.calibration import encode
 from workers.layout import dump
+from workers.machine import Machine
 from workers.plan import SAMPLE_TOKENS, GroupPlan, LayerPlan, Plan
 from workers.sensing import SEQUENCES
 from workers.store import open_store
@@ -84,13 +87,20 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     _refuse_begun(spec)
     schemes, notes = _schemes(spec)
     faults += _unfit(spec, schemes, document)
-    prepared = prepare(_rounded(spec), document, faults, look_at=look_at)
+    machines: list[Machine] = []
+
+    def seen(paths: Sequence[str]) -> Sequence[Machine]:
+        machines[:] = look_at(paths)
+        return machines
+
+    prepared = prepare(_rounded(spec), document, faults, look_at=seen)
     held_out = _held_out(spec, prepared)
     families = _families(prepared.plan, spec, schemes)
     dtype = prepared.plan.contract.compute_dtype
     kinds = _kinds(spec, prepared, families, dtype)
     _refuse_namesakes(kinds)
     _refuse_followed(spec, kinds)
+    _refuse_too_few_bytes(spec, families, kinds, dtype)
     budgets = spec.quantization.planning.budgets
     return ToPlan(
         spec=spec,
@@ -108,7 +118,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
             for layer in block.quantized()
         },
         held_out=held_out,
-        notes=(*notes, *prepared.admitted.notes),
+        notes=(*notes, *prepared.admitted.notes, *_passed_over(spec, kinds, machines)),
     )
 
 
@@ -134,7 +144,10 @@ def _refuse_followed(spec: JobSpec, kinds: Sequence[Kind]) -> None:
 
 
 def _rounded(spec: JobSpec) -> JobSpec:
-    """The job that rounds each linear which is to be planned, and leaves the others."""
+    """The job that rounds each linear which is to be planned, and leaves the others.
+
+    Kinds of a mixed fleet have their workers in turn: the job's count is of each (`_kind`).
+    """
     quantization = spec.quantization
     overrides = tuple(
         override.model_copy(
@@ -152,7 +165,11 @@ def _rounded(spec: JobSpec) -> JobSpec:
     evaluation = spec.evaluation
     if held_out is not None and held_out.is_file():  # it takes a whole model, as evaluating does
         evaluation = evaluation or EvaluationSpec(text=held_out, length=_HELD_OUT_TOKENS)
-    return spec.model_copy(update={"quantization": quantization, "evaluation": evaluation})
+    workers = spec.workers
+    if workers.kind == "mixed":
+        workers = workers.model_copy(update={"count": None})
+    changed = {"quantization": quantization, "evaluation": evaluation, "workers": workers}
+    return spec.model_copy(update=changed)
 
 
 def _schemes(spec: JobSpec) -> tuple[list[Scheme], list[str]]:
@@ -262,12 +279,14 @@ def _kinds(
 def _kind(
     spec: JobSpec, prepared: Prepared, families: Sequence[Family], dtype: str, number: int
 ) -> Kind:
-    chosen: Chosen = prepared.team.parts[number][0]
+    chosen, admitted = prepared.team.parts[number]
+    workers = min(admitted.prediction.workers, spec.workers.count or admitted.prediction.workers)
+    admitted = replace(admitted, prediction=replace(admitted.prediction, workers=workers))
     threads = spec.quantization.planning.threads or spec.workers.threads
     contract = replace(prepared.plan.contract, kind=chosen.kind)
     alone = replace(
         prepared,
-        team=Team((prepared.team.parts[number],)),
+        team=Team(((chosen, admitted),)),
         plan=replace(prepared.plan, contract=contract),
     )
     found: dict[Any, tuple[Candidate, ...]] = {}  # blocks are alike: each shape is looked at once
@@ -291,6 +310,45 @@ def _refuse_namesakes(kinds: Sequence[Kind]) -> None:
                 f"two kinds of one name would share {name}: {one.hardware.label()}, and "
                 f"{other.hardware.label()}: plan on the nodes of one"
             )
+
+
+def _refuse_too_few_bytes(
+    spec: JobSpec, families: Sequence[Family], kinds: Sequence[Kind], dtype: str
+) -> None:
+    """Bytes are known before anything is measured."""
+    limit = spec.quantization.planning.budgets.num_bytes()
+
+    @cache
+    def size(candidate: Candidate, rows: int, columns: int) -> int:
+        return num_bytes(weight_of(candidate, rows, columns, dtype))
+
+    for kind in kinds if limit is not None else ():
+        least = 0
+        for family, offered in zip(families, kind.offered, strict=True):
+            shapes = list(family.linears.values())
+            rows = sum(rows for rows, _ in shapes)
+            least += min(size(candidate, rows, shapes[0][1]) for candidate in offered)
+        if limit is not None and least > limit:
+            raise SpecError(
+                f"quantization.plan.budgets.bytes: no plan for {kind.hardware.full_name()} has "
+                f"{limit:.0f} or less: write {least} or more, the least that can be had"
+            )
+
+
+def _passed_over(
+    spec: JobSpec, kinds: Sequence[Kind], machines: Sequence[Machine]
+) -> tuple[str, ...]:
+    """A note of what else the cluster has, and is not asked."""
+    planned = {kind.hardware.full_name() for kind in kinds}
+    others = (
+        HardwareKind.of(of.kind).full_name()
+        for of in choose_fleet(machines, "mixed")
+        if spec.workers.kind in {"auto", of.device}
+    )
+    names = [name for name in dict.fromkeys(others) if name not in planned]
+    if not names:
+        return ()
+    return (f"not planned for: {', '.join(names)}: workers.kind: mixed plans for every kind",)
 
 
 def _profile(spec: JobSpec, plan: Plan) -> Profile:

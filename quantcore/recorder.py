@@ -143,7 +143,8 @@ class Recorder(Mapping[str, InputStatistics]):
         def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(name, args[0] if args else next(iter(kwargs.values())))
 
-        return add
+        # a module may be compiled, and statistics are not
+        return torch.compiler.disable(add)  # type: ignore[no-untyped-call]
 
     def _see(self, name: str, x: Tensor) -> None:
         group = self._groups.get(name)

@@ -149,3 +149,10 @@ def mixed(paths: Sequence[str]) -> list[Machine]:
         here,
         replace(here, name="other", kinds=kinds, devices={"cuda": 1, "cpu": 1}, device_free=free),
     ]
+
+
+def two_cpus(paths: Sequence[str]) -> list[Machine]:
+    """Two machines like this one; torch computes with fewer instructions on the other."""
+    here = look(paths)
+    fewer = {**here.kinds["cpu"], "instructions": "FEWER"}
+    return [here, replace(here, name="other", kinds={"cpu": fewer})]

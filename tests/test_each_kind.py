@@ -25,7 +25,7 @@ from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
 from workers.store import open_store
 
 OTHER = "job-NVIDIA_H200"
-MINE = "job-" + "".join(c if c.isalnum() else "_" for c in here().name)
+MINE = "job-" + "".join(c if c.isalnum() else "_" for c in here().full_name())
 NEVER = "never"  # a task that no job has
 CPU, GPU = labels_of(BLOCKS), labels_of(BLOCKS, INT8, INT4, INT8)  # rounded otherwise everywhere
 
@@ -266,15 +266,11 @@ FLOAT_ZERO = labels_of(BLOCKS, mlp="int4 float-zero g32 plain")
     ("of", "message"),
     [
         (plan_of(labels_of(BLOCKS + 1), H200), ": the plan names 'model.layers.3.mlp.down_proj'"),
-        (
-            plan_of(labels_of(BLOCKS, "dense", "dense"), H200),
-            ": the plan leaves every linear dense",
-        ),
         (plan_of(labels_of(BLOCKS, "int4 sym g128 plain"), H200), ": groups of 128 do not divide"),
         (plan_of(labels_of(BLOCKS, mlp="float8 channel plain"), H200), " has other candidates"),
         (replace(plan_of(GPU, H200), choice=plan_of(GPU).choice), None),
     ],
-    ids=["model", "dense", "shape", "candidates", "fits"],
+    ids=["model", "shape", "candidates", "fits"],
 )
 def test_nothing_starts_where_one_of_the_plans_does_not_fit(
     each_job: EachJob, of: Plan, message: str | None, store: Path
@@ -291,6 +287,21 @@ def test_nothing_starts_where_one_of_the_plans_does_not_fit(
     assert quantfleet("run", job, "--in-process").code == 2
     assert [path.name for path in store.iterdir()] == ["job"]
     assert [path.name for path in (store / "job").iterdir()] == ["plan"]
+
+
+def test_a_kind_whose_plan_leaves_all_dense_has_no_artifact(each_job: EachJob) -> None:
+    """The model serves there as it is, which is no fault; unless it is so everywhere."""
+    dense = plan_of(labels_of(BLOCKS, "dense", "dense"), H200)
+    job = each_job(plan_of(CPU), dense)
+    outcome = quantfleet("run", job, "--in-process", "--json")
+    assert outcome.code == 0, outcome
+    assert [facts["job"] for facts in json.loads(outcome.out)["artifacts"]] == [MINE]
+    told = quantfleet("run", job, "--in-process").err
+    assert f"no artifact for {H200.label()}: its plan leaves every linear dense" in told
+    status = quantfleet("status", job.parent / "store" / "job").out
+    assert status == f"{MINE}: finished, 3 of 3 blocks\n"
+    other = each_job(dense, name="other")
+    assert "the plan leaves every linear dense" in faults_of(other)[0][1]
 
 
 def test_what_is_wrong_with_several_plans_and_with_the_job_is_told_at_once(

@@ -67,6 +67,7 @@ def test_times_too_wide_to_tell_candidates_apart_are_warned_of() -> None:
     ("sections", "plan", "message"),
     [
         ({"calibration": None}, {"rounding": "rtn"}, "calibration: a plan's errors are measured"),
+        ({}, {"budgets": {"bytes": 9}}, "has 9 or less: write 116736 or more, the least that can"),
         ({}, {"candidates": ["int9"]}, "quantization.plan.candidates.0: Input should be 'default'"),
         ({}, {"profile": "decode"}, "quantization.plan.profile"),
         ({}, {"calls": [{"tokens": 1}, {"tokens": 1}]}, "a number of tokens stands twice"),
@@ -148,12 +149,13 @@ def test_tasks_that_others_would_disturb_are_given_one_at_a_time() -> None:
     assert bag.offer(0) is not None
 
 
-def test_errors_are_merged_in_any_order_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_errors_are_merged_in_any_order_and_files_of_no_use_are_named(tmp_path: Path) -> None:
+    lines: list[str] = []
     store = open_errors(str(tmp_path), "key")
     keep(store, {"a": {INT8_LINEAR: 0.5}})
     keep(store, {"a": {INT8_LINEAR: 0.75, DYNAMIC: 0.25}, "b": {INT8_LINEAR: 1.0}})
     labels = {of.label(): of for of in (INT8_LINEAR, DYNAMIC)}
-    assert known(store, labels) == {
+    assert known(store, labels, lines.append) == {
         "a": {INT8_LINEAR: 0.5, DYNAMIC: 0.25},
         "b": {INT8_LINEAR: 1.0},
     }
@@ -162,8 +164,23 @@ def test_errors_are_merged_in_any_order_and_a_damaged_file_is_named(tmp_path: Pa
     tidy(store)
     (kept,) = store.list()
     assert kept not in files
-    assert known(store, labels)["a"] == {INT8_LINEAR: 0.5, DYNAMIC: 0.25}
-    for damage in (b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}}', b"[" * 100_000):
-        store.put("0.json", damage)
-        with pytest.raises(QuantfleetError, match=r"0.json: damaged"):
-            known(store, labels)
+    all_known = known(store, labels, lines.append)
+    assert all_known["a"] == {INT8_LINEAR: 0.5, DYNAMIC: 0.25}
+    assert not lines
+    of_no_use = {
+        "0.json": b'{"version": 1, "errors": {"a": {"int8 sym channel": "0"}}, "divergences": {}}',
+        "1.json": b'{"version": 0}',
+        "2.json": b"[" * 100_000,
+        "3.json": b"\xff\xfe\x00",
+    }
+    for name, data in of_no_use.items():
+        store.put(name, data)
+    assert known(store, labels, lines.append) == all_known
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{store.url}/{name} is ignored" for name in of_no_use
+    ]
+    assert "'0' is no error" in lines[0]
+    assert "version 0 where this reads 1" in lines[1]
+    keep(store, {"c": {INT8_LINEAR: 0.5}})
+    tidy(store)
+    assert {*of_no_use} < {*store.list()}, "what cannot be read is not thrown away"

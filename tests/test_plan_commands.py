@@ -205,6 +205,17 @@ def test_budgets_of_all_kinds_give_the_plan_that_measuring_would_have_given(
     assert new.front == chosen_from(LAYERS, objective, Budgets(**budgets)).front
 
 
+def test_a_correction_of_mixed_plans_is_not_held_against_uniform_ones(job: Budget) -> None:
+    plan = plan_with(error=6)
+    corrected = replace(plan, choice=choose(LAYERS, "time", Budgets(error=6), correction=3.0))
+    args = ("--budget", "error=1.8", "--output", "new.json")
+    assert quantfleet("plan", job(corrected), *args).code == 0
+    new, _ = read_plan("new.json")
+    assert set(new.labels().values()) == {INT8}
+    assert (new.choice.correction, new.choice.totals.error) == (1, 1.75)
+    assert new.front == plan.front
+
+
 @pytest.mark.parametrize(
     ("code", "args", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from orchestrator.plan_checking import Checker
 from orchestrator.plan_measuring import _Fleet, measured_plans
 from orchestrator.to_plan import check_to_plan
 from quantcore.activations import fake_quantize
-from quantcore.autoquant.document import parse
+from quantcore.autoquant.document import file_name, parse
 from quantcore.autoquant.spots import Spot
 from quantcore.schemes import Scheme
 from tests.command import quantfleet
@@ -31,6 +32,7 @@ from tests.planning import (
     made,
     mixed,
     refuse_to_start,
+    two_cpus,
 )
 from tests.plans import here
 from tests.test_orchestrator_job import JobFile, _Dies, model_bytes, run_here
@@ -251,6 +253,33 @@ def test_each_kind_of_the_fleet_has_a_plan_and_a_job_follows_its_own(job_to_plan
     assert alone.plan == cpu
 
 
+def test_cpus_of_one_name_with_other_instructions_are_two_kinds(
+    job_to_plan: PlanJob, tmp_path: Path
+) -> None:
+    """Kernels of other instructions take another time: each is timed, and has its own plan.
+
+    `workers.count` is of each, since they have their workers in turn.
+    """
+    sections = {"workers": {"kind": "mixed", "count": 1}}
+    job = check_to_plan(job_to_plan(sections=sections, rounding="rtn"), look_at=two_cpus)
+    assert [kind.prepared.workers for kind in job.kinds] == [1, 1]
+    asked = Asked()
+    mine, other = made(job, asked)
+    assert len(asked.races()) == 2 * 4, "four shapes on each"
+    assert mine.hardware == replace(other.hardware, instructions=mine.hardware.instructions)
+    folder = tmp_path / "store" / "job" / "plan"
+    found = {parse(path.read_text()).hardware: path.stem for path in folder.iterdir()}
+    assert found[other.hardware] == file_name(other.hardware)[len("plan-") : -len(".json")]
+    assert found[other.hardware].endswith("_FEWER")
+    assert found.keys() == {mine.hardware, other.hardware}
+
+    alone = job_to_plan("alone", {"workers": {"kind": "cpu", "count": 1}})
+    (note,) = [of for of in check_to_plan(alone, look_at=two_cpus).notes if "mixed" in of]
+    assert note == (
+        f"not planned for: {other.hardware.full_name()}: workers.kind: mixed plans for every kind"
+    )
+
+
 def test_a_job_is_taken_up_with_the_plan_that_it_was_begun_by(
     job_to_plan: PlanJob, tmp_path: Path
 ) -> None:
@@ -260,7 +289,7 @@ def test_a_job_is_taken_up_with_the_plan_that_it_was_begun_by(
         run_here(path, observer=_Dies("publish/0"))
     outcome = quantfleet("resume", tmp_path / "store" / "broken", "--in-process")
     assert outcome.code == 0, outcome
-    assert outcome.err.startswith(f"schemes by a plan for {here().name}, ")
+    assert outcome.err.startswith(f"schemes by a plan for {here().full_name()}, ")
     whole = job_to_plan("whole", rounding="rtn", candidates=["int4"])
     made(check_to_plan(whole))
     assert model_bytes(run_here(whole).store) == model_bytes(str(tmp_path / "store" / "broken"))

@@ -1,16 +1,21 @@
-"""quantfleet plan on a real Ray: a worker that is killed, and what it did is done by another."""
+"""quantfleet plan on a real Ray: workers that are killed, and a cluster of two kinds of nodes."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from tests.command import environment
+from quantcore.autoquant.document import parse
+from tests.command import environment, finish, start, wait_for
+from tests.test_cluster import OTHER_KIND, _cluster
+from tests.test_orchestrator_job import model_bytes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # A process of its own: Ray is not to be started twice in one.
 _SCRIPT = """
@@ -64,3 +69,68 @@ def test_a_killed_worker_costs_its_task_and_no_more(job_file: Callable[..., Path
     assert len(tasks) == 2 + 4 + 1, "four shapes, one of them once more"
     assert facts["linears"] == 21
     assert "dense" in facts["options"]
+
+
+def test_nodes_of_two_kinds_are_each_timed_and_each_has_its_artifact(
+    job_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of each is killed in its first race. The other kind's plan is not passed off."""
+    monkeypatch.chdir(tmp_path)
+    planned = {"calls": [{"tokens": 2}], "candidates": ["default"], "budgets": {"bytes": "120 KiB"}}
+    sections: dict[str, Any] = {"workers": {"kind": "mixed", "count": 1}}
+    sections["compute_dtype"] = "bfloat16"
+    quantization = {"method": "plan", "plan": {**planned, "each_kind": True}}
+    job = job_file(quantization=quantization, **sections)
+    with _cluster(1) as cluster:
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=OTHER_KIND)
+        address = ("--address", cluster.address)
+        log = tmp_path / "log.jsonl"
+        process = start("plan", job, *address, "--log-file", log)
+        for number in (1, 2):
+            wait_for(lambda number=number: _races_begun(log) >= number, process)
+            _kill_workers()
+            wait_for(lambda number=number: _events(log, "worker lost") == number, process)
+        outcome = finish(process)
+        assert outcome.code == 0, outcome
+        places = sorted((tmp_path / "store" / "job" / "plan").iterdir())
+        plans = [parse(place.read_text()) for place in places]
+        kinds = {plan.hardware.instructions for plan in plans}
+        assert len(kinds) == 2 and "DEFAULT" in kinds
+        assert len({plan.choice.totals.time_us for plan in plans}) == 2, "each has its own times"
+        again = finish(start("plan", job, *address, "--json", "--log-file", tmp_path / "2.jsonl"))
+        assert (again.code, _events(tmp_path / "2.jsonl", "workers starting")) == (0, 0)
+        assert [parse(place.read_text()) for place in places] == plans
+        outcome = finish(start("run", job, *address, "--json"))
+        assert outcome.code == 0, outcome
+    told = json.loads(outcome.out)["artifacts"]
+    assert {of["hardware"] for of in told} == {plan.hardware.label() for plan in plans}
+    assert all(model_bytes(of["store"]) for of in told)
+    (foreign,) = [place for place in places if "DEFAULT" in place.name]
+    path = job_file("foreign", quantization={"method": "plan", "plan": {"path": str(foreign)}})
+    refused = finish(start("run", path, "--in-process"))
+    assert (refused.code, "plan: made for" in refused.err) == (4, True), refused
+
+
+def _told(log: Path) -> list[dict[str, Any]]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _events(log: Path, name: str) -> int:
+    return sum(event["event"] == name for event in _told(log))
+
+
+def _races_begun(log: Path) -> int:
+    """On how many kinds: workers of the next one start once its phase is told."""
+    phases, begun = 0, set()
+    for event in _told(log):
+        phases += event["event"] == "phase" and event["name"] == "race"
+        if event["event"] == "task started" and event["kind"] == "Race":
+            begun.add(phases)
+    return len(begun)
+
+
+def _kill_workers() -> None:
+    for child in psutil.Process().children(recursive=True):
+        if child.name().startswith("ray::RayWorker"):
+            child.kill()

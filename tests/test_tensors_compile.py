@@ -87,6 +87,31 @@ def compiled_is_eager(net: Net) -> None:
         assert same(compiled(turned), net(turned))
 
 
+def compiled_is_eager_with_gradients(net: Net) -> None:
+    """As a model whose embeddings or norms need them: its backward is traced, and may be run."""
+    compiled = torch.compile(net, fullgraph=True)
+    x = tokens(2, 5, 64, dtype=net.dtype)
+    grads = []
+    for run in (compiled, net):
+        mine = x.clone().requires_grad_()
+        y = run(mine)
+        y.sum().backward()
+        grads.append((y, mine.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours is not None and theirs is not None
+        assert same(ours, theirs)
+
+
+def test_a_model_is_compiled_where_gradients_are_on() -> None:
+    compiled_is_eager_with_gradients(Net(INT4, Layout.INT4_CPU))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "layout"), CASES)
+def test_every_kind_is_compiled_where_gradients_are_on(scheme: Scheme, layout: Layout) -> None:
+    compiled_is_eager_with_gradients(Net(scheme, layout))
+
+
 def test_a_compiled_linear_is_the_eager_one() -> None:
     compiled_is_eager(Net(INT4, Layout.INT4_CPU))
 

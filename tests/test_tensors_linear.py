@@ -101,8 +101,13 @@ def test_inputs_that_need_gradients_pass_through() -> None:
     """Embeddings of a loaded model need them, and nobody asks for any."""
     ours = linear(INT4, 32, 64)
     x_TI = tokens(5, 64, dtype=torch.float32).requires_grad_()
-    y_TO = module(QuantizedTensor.of(ours, torch.float32), None)(x_TI)
+    weight = QuantizedTensor.of(ours, torch.float32)
+    y_TO = module(weight, None)(x_TI)
     assert relative(y_TO.detach(), expected(x_TI.detach(), ours, None)) < 2e-6
+    y_TO.sum().backward()
+    w_OI = weight.dequantize().double()
+    assert relative(x_TI.grad, w_OI.sum(0).expand(5, 64).numpy()) < 2e-6
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("scheme", FORMS, ids=Scheme.label)

@@ -7,15 +7,16 @@
 What they were measured on is a digest of model, texts and dtype (orchestrator/to_plan.py), by what
 is cheap to know of a model that lies in one piece nowhere. A model in one process
 (quantcore/autoquant/findings.py) has its errors by the contents of weights and samples instead.
-Many write, who reads merges (gathered.py): of two errors the lesser.
+Many write, who reads merges (gathered.py): of two errors the lesser. What cannot be read, or is of
+another version, is named, ignored and left where it is.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from quantcore.errors import DAMAGE, StoreError, why_damaged
+from quantcore.errors import DAMAGE, why_damaged
 from quantcore.schemes import Scheme
 from workers import gathered
 from workers.layout import MEASUREMENTS, dump
@@ -42,9 +43,15 @@ def keep_divergence(store: Store, variant: str, divergence: float) -> None:
     gathered.keep(store, _data([_Document({}, {variant: divergence})]))
 
 
-def known(store: Store, schemes: Mapping[str, Scheme]) -> dict[str, dict[Scheme, float]]:
-    """All that is known of these schemes, by their labels."""
-    errors = _merged(_documents(store).values()).errors
+def known(
+    store: Store, schemes: Mapping[str, Scheme], warn: Callable[[str], None]
+) -> dict[str, dict[Scheme, float]]:
+    """All that is known of these schemes, by their labels; `warn` is told of files of no use."""
+    found = gathered.gather(store, _read)
+    for name, document in found.items():
+        if isinstance(document, str):
+            warn(f"{store.url}/{name} is ignored: {document}")
+    errors = _merged(_useful(found).values()).errors
     return {
         linear: {schemes[label]: error for label, error in of.items() if label in schemes}
         for linear, of in errors.items()
@@ -52,12 +59,12 @@ def known(store: Store, schemes: Mapping[str, Scheme]) -> dict[str, dict[Scheme,
 
 
 def known_divergences(store: Store) -> dict[str, float]:
-    return _merged(_documents(store).values()).divergences
+    return _merged(_useful(gathered.gather(store, _read)).values()).divergences
 
 
 def tidy(store: Store) -> None:
     """One file instead of many, for the next reader's sake."""
-    gathered.tidy(store, _documents(store), _data)
+    gathered.tidy(store, _useful(gathered.gather(store, _read)), _data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +89,20 @@ def _merged(documents: Iterable[_Document]) -> _Document:
     return _Document(errors, divergences)
 
 
-def _documents(store: Store) -> dict[str, _Document]:
-    """By name, those of this version."""
-    found = gathered.gather(store, _read)
-    return {name: document for name, document in found.items() if document is not None}
+def _useful(found: Mapping[str, _Document | str]) -> dict[str, _Document]:
+    return {name: one for name, one in found.items() if isinstance(one, _Document)}
 
 
-def _read(place: str, data: bytes) -> _Document | None:
-    """None for one of another version. Raises StoreError for a damaged one."""
+def _read(_place: str, data: bytes) -> _Document | str:
+    """Why it is of no use, if it is of none."""
     try:
         told = json.loads(data)
         if told["version"] != VERSION:
-            return None
+            return f"errors of version {told['version']} where this reads {VERSION}"
         for of in (*told["errors"].values(), told["divergences"]):
             for error in of.values():
                 if type(error) not in (int, float) or not 0 <= error < math.inf:
                     raise ValueError(f"{error!r} is no error")
     except DAMAGE as error:
-        raise StoreError(
-            f"{place}: damaged ({why_damaged(error)}): delete it to have it measured anew"
-        ) from None
+        return f"errors: damaged ({why_damaged(error)}): delete it to have them anew"
     return _Document(told["errors"], told["divergences"])

@@ -224,8 +224,26 @@ def uniform_labels(layers: Sequence[Layer], label: str) -> dict[str, str]:
     }
 
 
+def ranked(layers: Sequence[Layer], choice: Choice, error: float) -> tuple[float, ...]:
+    """What plans over these layers are compared by, in their objective's order: less is better.
+
+    `error` is what is taken for the plan's, measured or predicted.
+    """
+    problem = Problem(layers)
+    picks = tuple(
+        [option.label for option in of].index(chosen.option.label)
+        for of, chosen in zip(problem.options, choice.layers, strict=True)
+    )
+    return tuple(
+        error if name == "error" else problem.total(name, picks)
+        for name in ORDERS[choice.objective]
+    )
+
+
 def _choice(problem: Problem, picks: Picks, objective: Objective, budgets: Budgets) -> Choice:
     limits = budgets.limits()
+    # a scheme's errors are those of the whole model under it: the correction is of mixed plans
+    alone = problem if problem.correction == 1.0 else Problem(problem.layers)
     return Choice(
         objective=objective,
         budgets=budgets,
@@ -233,8 +251,8 @@ def _choice(problem: Problem, picks: Picks, objective: Objective, budgets: Budge
         layers=_chosen(problem, picks, ORDERS[objective], limits),
         totals=problem.totals(picks),
         uniforms=tuple(
-            Uniform(label=label, totals=problem.totals(of), fits=problem.fits(of, limits))
-            for label, of in problem.uniforms().items()
+            Uniform(label=label, totals=alone.totals(of), fits=alone.fits(of, limits))
+            for label, of in alone.uniforms().items()
         ),
     )
 

@@ -1,7 +1,7 @@
 """A plan for one model, chosen until it holds: its error measured, then its time.
 
-    1  choose by predictions; where the whole model moves by more than the budget of error, correct
-       the errors by how far, and choose again
+    1  choose by predictions, and again where the whole model moves by more than the budget of error
+       (confirming.py)
     2  run finalists end to end (finalists.py), scale the times of kernels by what they took in the
        model, and choose again; what is chosen now runs as well, beside the fastest so far
     3  keep one of the finalists, whose error is measured too
@@ -9,7 +9,7 @@
 Without held-out inputs nothing is corrected by errors, and without a way to run nothing by times.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from quantcore.autoquant.choice import (
@@ -20,6 +20,7 @@ from quantcore.autoquant.choice import (
     choose_as,
     uniform_labels,
 )
+from quantcore.autoquant.confirming import Confirm, confirmed
 from quantcore.autoquant.document import Check, End
 from quantcore.autoquant.finalists import (
     Finalist,
@@ -32,12 +33,8 @@ from quantcore.autoquant.finalists import (
 )
 from quantcore.autoquant.options import Layer
 from quantcore.autoquant.program import keeps
-from quantcore.errors import QuantizationError
 
-_MOST_CHOICES = 8
 PREDICTED, CORRECTED = "chosen by prediction", "chosen again"  # among the ends
-
-Confirm = Callable[[Choice], Check]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +58,11 @@ class Chooser:
         return first if self.stage is None else self._proven(first, self.stage)
 
     def _confirmed(self, layers: Sequence[Layer], correction: float) -> Outcome:
-        """The choice, or another one, that keeps its budget of error when it is measured."""
-        limit = self.budgets.error
-        for _ in range(_MOST_CHOICES):
+        if self.confirm is None:
             choice = choose(layers, self.objective, self.budgets, correction)
-            if self.confirm is None:
-                return Outcome(choice=choice, layers=layers, check=None)
-            check = self.confirm(choice)
-            if limit is None or keeps(check.measured, limit):
-                return Outcome(choice=choice, layers=layers, check=check)
-            if choice.totals.error == 0:
-                break
-            correction *= max(1.01, check.measured / choice.totals.error)
-        raise QuantizationError(
-            f"budget of error: {limit}: the last of {_MOST_CHOICES} plans that should keep it was "
-            f"measured to move the model by {check.measured:.4g}: write more"
-        )
+            return Outcome(choice=choice, layers=layers, check=None)
+        choice, check = confirmed(layers, self.objective, self.budgets, self.confirm, correction)
+        return Outcome(choice=choice, layers=layers, check=check)
 
     def _proven(self, first: Outcome, stage: Stage) -> Outcome:
         finalists = near(_finalist(PREDICTED, first.choice), _uniforms(first))
@@ -93,9 +79,11 @@ class Chooser:
             found = ends([other, beside], timings, found)
             found[CORRECTED] = replace(found[CORRECTED], predicted_us=rest_us)
             finalists = [other, *finalists]
+        corrections = {PREDICTED: first.choice.correction, CORRECTED: again.choice.correction}
         for finalist in kept(finalists, found):
+            correction = corrections.get(finalist.plan, 1.0)  # a uniform plan's errors are its own
             choice = choose_as(
-                again.layers, self.objective, self.budgets, finalist.labels, again.choice.correction
+                again.layers, self.objective, self.budgets, finalist.labels, correction
             )
             check = self.confirm(choice) if self.confirm else None
             limit = self.budgets.error

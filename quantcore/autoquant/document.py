@@ -86,7 +86,7 @@ class Plan:
 
 
 def file_name(kind: HardwareKind) -> str:
-    return "plan-" + "".join(c if c.isalnum() else "_" for c in kind.name) + ".json"
+    return "plan-" + "".join(c if c.isalnum() else "_" for c in kind.full_name()) + ".json"
 
 
 def written(plan: Plan) -> str:

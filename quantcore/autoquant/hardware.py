@@ -17,8 +17,8 @@ def hardware_here(device: str) -> HardwareKind:
     told = {"device": device, "torch": torch.__version__, "triton": _version("triton")}
     if device == "cpu":
         able = torch.cpu.get_capabilities()
-        name = able.get("cpu_name") or platform.processor() or platform.machine()
-        told["name"] = f"{name} {torch.backends.cpu.get_cpu_capability()}"
+        told["name"] = able.get("cpu_name") or platform.processor() or platform.machine()
+        told["instructions"] = torch.backends.cpu.get_cpu_capability()
         return HardwareKind.of(told, threads=torch.get_num_threads())
     told["name"] = torch.get_device_module(device).get_device_name()
     return HardwareKind.of(told)

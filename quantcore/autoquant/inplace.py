@@ -48,6 +48,7 @@ from quantcore.joining import TOGETHER, joinable
 from quantcore.quantize import Filter, linears_of
 from quantcore.recorder import Recorder
 from quantcore.schemes import Scheme
+from quantcore.tensors import QuantizedTensor
 
 _ROWS_OF_A_CALL, _MOST_ROWS = 128, 512  # tokens that errors are measured on
 RECORDED: Literal["recorded"] = "recorded"
@@ -99,7 +100,9 @@ class Autoquant:
             share=join,
         )
         self._recorder.__enter__()
-        self._hook: Any = model.register_forward_hook(self._called, with_kwargs=True)
+        # a compiled wrapper of the model may call it, too
+        called = torch.compiler.disable(self._called)  # type: ignore[no-untyped-call]
+        self._hook: Any = model.register_forward_hook(called, with_kwargs=True)
 
     @property
     def findings(self) -> Findings:
@@ -126,6 +129,7 @@ class Autoquant:
         self._hook = None
         self._recorder.__exit__(None, None, None)
         self._refuse_uncalled()
+        self._refuse_changed()
         # what is made here outlives a call in inference mode, whose tensors would not
         with torch.inference_mode(False), torch.no_grad():
             self.plan = self._made()
@@ -144,6 +148,15 @@ class Autoquant:
                 "by filter"
             )
         refuse_apart(self._joined, recorder)
+
+    def _refuse_changed(self) -> None:
+        modules = dict(self._model.named_modules())
+        for name, linear in self._linears.items():
+            if modules.get(name) is not linear or isinstance(linear.weight, QuantizedTensor):
+                raise QuantizationError(
+                    f"autoquant: '{name}' is another than was recorded, or was quantized since: "
+                    "call it again"
+                )
 
     def _made(self) -> Plan:
         recorder, model, known = self._recorder, self._model, self._known

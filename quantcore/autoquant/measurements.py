@@ -39,6 +39,7 @@ class HardwareKind:
     triton: str = ""
     kernels: str  # versions of our own: KERNELS
     threads: int = 0  # of a CPU
+    instructions: str = ""  # of a CPU: those that torch's kernels were chosen by
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -54,16 +55,22 @@ class HardwareKind:
         # torch's version is a kind of text of its own
         named = {name: str(kind[name]) for name in ("device", "name", "torch")}
         told = {name: str(kind.get(name) or "") for name in ("driver", "triton")}
+        if kind["device"] == "cpu":  # a GPU's follow from its name
+            told["instructions"] = str(kind.get("instructions") or "")
         return cls(**named, **told, kernels=kernels, threads=threads)
 
     def label(self) -> str:
-        parts = [self.name]
+        parts = [self.full_name()]
         parts += [f"driver {self.driver}"] if self.driver else []
         parts += [f"torch {self.torch}"]
         parts += [f"triton {self.triton}"] if self.triton else []
         parts += [f"kernels {self.kernels}"]
         parts += [f"{self.threads} threads"] if self.threads else []
         return ", ".join(parts)
+
+    def full_name(self) -> str:
+        """Of the hardware alone: CPUs of one name may have other instructions."""
+        return f"{self.name} {self.instructions}".strip()
 
 
 _WORDS: Mapping[Any, str] = {str: "text", int: "a whole number"}

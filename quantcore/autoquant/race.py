@@ -5,7 +5,9 @@ Of n repeats the l-th smallest and the l-th largest enclose the median with a pr
     1 - 2 * sum over k < l of C(n, k) / 2^n
 
 however times are distributed, if they are independent (David and Nagaraja 2003, Order Statistics,
-section 7.1). Contenders take turns, so that what drifts drifts for all.
+section 7.1). Contenders take short turns, so that what drifts drifts for all: a GPU whose matrix
+units draw all the power that it may have lowers its clock, by up to a tenth, some hundredths of a
+second later. With turns that long each would set the next one's clock.
 
 One is done when its intervals are narrow or its seconds are spent. It has lost, and runs no more,
 when another that costs no more in anything else is faster beyond doubt: on the whole profile, the
@@ -25,6 +27,7 @@ from quantcore.autoquant.measurements import Timing
 
 CONFIDENCE = 0.95
 _CONFIDENCE_TO_LOSE = 0.99
+_TURN = 2  # repeats
 
 Stopwatch = Callable[[int], list[float]]  # microseconds of a call, for each of so many repeats
 
@@ -124,9 +127,15 @@ def race(
         turns = [(runner, runner.open_tokens(effort)) for runner in runners]
         if not any(tokens for _, tokens in turns):
             return [runner.timings(effort) for runner in runners]
-        for runner, tokens in turns:
-            for count in tokens:
-                runner.run(count, effort.round_repeats, clock)
+        for repeats in _in_turns(effort.round_repeats):
+            for runner, tokens in turns:
+                for count in tokens:
+                    runner.run(count, repeats, clock)
+
+
+def _in_turns(repeats: int) -> list[int]:
+    short, left = divmod(repeats, _TURN)
+    return [_TURN] * short + [left] * (left > 0)
 
 
 def _drop_losers(runners: Iterable[_Runner], effort: Effort) -> None:

@@ -2,9 +2,7 @@
 
 On CUDA the calls are captured into a graph, and a time is a replay's over its calls, as a search
 for launches has it (quantkernels/tune/timing.py). Graphs of one shape share a pool of memory, since
-none is replayed while another is. Matrix units at work draw what power a GPU may have, and its
-clock follows some milliseconds later: products of many tokens are timed once they have run so long,
-not at the clock that another's left behind.
+none is replayed while another is.
 
 Elsewhere it is by the clock, with all that torch and Python add to a call, as an eager model has
 it. Between two calls stands what a model does between its linears: a norm, a rotation, a gate, of
@@ -22,8 +20,6 @@ from torch import Tensor, nn
 
 _SLICE_S = 2e-3  # a clock's own time does not show in as much
 _REPLAY_US = 250.0  # nor does a graph's beginning and end
-_MANY_TOKENS = 256
-_SETTLING_US = 20e3
 _LEAST_SHARE = 0.05  # of what a slice took, if the work between seems to have taken all of it
 
 
@@ -90,12 +86,9 @@ class Replay:
         if (rounds := int(_REPLAY_US / (self._replay() * self._calls)) + 1) > 1:
             self._calls *= rounds
             self._graph = self._captured(rounds)
-        settling_us = _SETTLING_US if len(x_TI) >= _MANY_TOKENS else 0.0
-        self._before = 1 + int(settling_us / (self._replay() * self._calls))
 
     def __call__(self, repeats: int) -> list[float]:
-        for _ in range(self._before):
-            self._graph.replay()
+        self._graph.replay()
         return [self._replay() for _ in range(repeats)]
 
     def _captured(self, rounds: int) -> torch.cuda.CUDAGraph:

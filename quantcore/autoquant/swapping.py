@@ -112,6 +112,12 @@ def _refuse_other(
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise QuantizationError(f"plan: the model has no linear '{name}': plan it anew")
+        here = (linear.out_features, linear.in_features)
+        if (said := plan.shapes.get(name, here)) != here:
+            raise QuantizationError(
+                f"plan: '{name}' has {said[0]} outputs and {said[1]} inputs in the plan, and "
+                f"{here[0]} and {here[1]} in the model: plan it anew"
+            )
         linears[name] = linear
     device = next(iter(linears.values())).weight.device.type
     refuse_other_hardware(plan, hardware or hardware_here(device), other_hardware)

@@ -33,6 +33,8 @@ def _linear(_func: Any, x: Tensor, weight: Any, bias: Tensor | None = None) -> T
 
 
 def _matmul(_func: Any, x: Tensor, weight: Any) -> Tensor:
+    if isinstance(weight, QuantizedTensor) and not weight.facts.transposed:
+        return x @ weight.dequantize()  # of a linear's outputs, the gradient of its inputs
     _refuse_unless(weight, transposed=True, operation="matmul")
     return _linear(_func, x, weight.t(), None)
 
@@ -255,6 +257,7 @@ def _at_once(x: Tensor, weight: QuantizedTensor) -> bool:
 def _folded_matmul(x: Any, weight: Any) -> Any:
     if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor):
         return torch.matmul(x, weight)
+    _refuse_unless(weight, transposed=True, operation="matmul")
     y_TO = torch.mm(x.reshape(-1, x.shape[-1]), weight)
     return y_TO.reshape(*x.shape[:-1], weight.shape[1])
 

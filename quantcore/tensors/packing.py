@@ -200,14 +200,26 @@ def _pack_int4_cpu(weight: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def _unpack_int4_cpu(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
-    columns = weight.facts.features[1]
-    unit = torch.zeros(weight.scale.shape, dtype=torch.bfloat16)
-    unit[..., 0] = 1
+    rows, columns = weight.facts.features
     size = weight.scheme.group_size
+    return _int4_cpu_codes(weight.codes, rows, columns, size), _from_pair(weight)
+
+
+@torch.library.custom_op("quantcore::int4_cpu_codes", mutates_args=())
+def _int4_cpu_codes(codes: Tensor, rows: int, columns: int, size: int) -> Tensor:
+    """An operator, since Inductor refuses a kernel whose other inputs it makes itself."""
+    unit = torch.zeros(columns // size, rows, 2, dtype=torch.bfloat16)
+    unit[..., 0] = 1
     codes_IO = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        torch.eye(columns, dtype=torch.bfloat16), weight.codes, size, unit
+        torch.eye(columns, dtype=torch.bfloat16), codes, size, unit
     )
-    return codes_IO.t().round().to(torch.int8).contiguous(), _from_pair(weight)
+    codes_OI: Tensor = codes_IO.t().round().to(torch.int8).contiguous()
+    return codes_OI
+
+
+@_int4_cpu_codes.register_fake
+def _(codes: Tensor, rows: int, columns: int, _size: int) -> Tensor:
+    return codes.new_empty(rows, columns, dtype=torch.int8)
 
 
 def _pack_int4_dynamic(weight: QuantizedTensor) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@
 
 It poses as a dense (O, I) weight of a floating dtype and holds the inner tensors of its layout
 (packing.py). What torch's operators do with it is a table (operators.py), and so is which kernel
-multiplies by it (kernels.py). There is no backward: it serves.
+multiplies by it (kernels.py). It serves: it has no gradient, and hands on its inputs', by what it
+dequantizes to, since a model that is compiled with gradients on has its backward traced as well.
 
 Shape suffixes: O = out_features, I = in_features, G = groups per row, T = tokens.
 """
