@@ -193,7 +193,7 @@ def choose(
     uniforms = problem.uniforms()
     first = ORDERS[objective][0]
     for uniform in uniforms.values():
-        # the solver's gap is nothing, so this never happens: it is here to need no trust in that
+        # a search that ended early may be past one
         better = problem.total(first, uniform) * (1 + TOLERANCE) < problem.total(first, picks)
         if better and problem.fits(uniform, limits):
             picks = uniform

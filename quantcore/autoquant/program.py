@@ -2,15 +2,19 @@
 
     min sum v_lo x_lo   with   sum u_lo x_lo <= limit   and, for each layer l,   sum over o x_lo = 1
 
-(A multiple-choice knapsack, by scipy's milp, that is HiGHS, to a gap of nothing.) First it is made
+(A multiple-choice knapsack, by scipy's milp, that is HiGHS.) First it is made
 small. With multipliers m >= 0, here those of the relaxation to real numbers, a plan costs at least
 
     sum over l of min over o of r_lo, less m * limit,   where r_lo = v_lo + m u_lo
 
 so once some plan is known, an option that lifts this bound past that plan's cost is in no better
 one. That leaves a few options of a few layers (Pisinger 1995, A minimal algorithm for the
-multiple-choice knapsack problem, has the idea of such a core): exact, and 0.2 s for 225 linears of
-12 candidates.
+multiple-choice knapsack problem, has the idea of such a core).
+
+Blocks are alike, so many plans are nearly as good, and to prove one the best may take minutes. A
+search of the solver's ends after so many nodes, which no clock decides: the same in every run. Of
+16 programs as measured on one H100, of 48 to 144 linears with some 41 candidates each, whose best
+was proven, 15 had it as their answer, and one was 0.03 per cent from it; most take a second.
 
 A solver answers within tolerances, so sums are scaled to what is left of them once each layer takes
 its least, and its answer is added up anew: one past a limit is ruled out, and the solver asked
@@ -38,6 +42,7 @@ TOLERANCE = 1e-9
 _SCALE = 1e4  # what is left of a sum, in the solver's numbers: its tolerances are near 1e-6
 _MOST_ROUNDINGS = 4096
 _MOST_SWAPS, _MOST_SWAPPED = 64, 512
+_MOST_WORK = 40_000  # nodes of a search, times the pairs that it is among
 _QUICKLY_SOLVED = 48  # options of layers that have more than one left: the solver takes 10 ms
 
 Floats = NDArray[np.float64]
@@ -116,13 +121,21 @@ class Program:
             picks = swapped if self._fits(swapped, limits) else picks
             core = _no_dearer(scaled, multiplier_R, picks)
             if thorough or sum(len(of) for of in core if len(of) > 1) <= _QUICKLY_SOLVED:
-                picks = self._solve(self._scaled(name, limits, core), limits) or picks
+                small = self._scaled(name, limits, core)
+                found = self._solve(small, limits, _MOST_WORK // len(small.pairs))
+                if found is not None and self.total(name, found) < self.total(name, picks):
+                    picks = found
         else:
             picks = self._solve(scaled, limits)
         return None if picks is None else (picks, _no_dearer(scaled, multiplier_R, picks))
 
-    def _solve(self, scaled: _Scaled, limits: Mapping[str, float]) -> Picks | None:
-        """Layers with one option left add nothing to any sum: the solver does not see them."""
+    def _solve(
+        self, scaled: _Scaled, limits: Mapping[str, float], nodes: int | None = None
+    ) -> Picks | None:
+        """Layers with one option left add nothing to any sum: the solver does not see them.
+
+        None where nothing fits, or nothing was found within so many nodes.
+        """
         free_V = np.bincount(scaled.layer_V)[scaled.layer_V] > 1
         x_V = np.ones(len(scaled.pairs))
         if not free_V.any():
@@ -138,9 +151,9 @@ class Program:
                 integrality=np.ones(free_V.sum()),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
-                options={"mip_rel_gap": 0.0},
+                options={"mip_rel_gap": 0.0} | ({} if nodes is None else {"node_limit": nodes}),
             )
-            if not _has_answer(result):
+            if (nodes is not None and result.x is None) or not _has_answer(result):
                 return None
             x_V[free_V] = result.x
             at = _largest(scaled, x_V)
