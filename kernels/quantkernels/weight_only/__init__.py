@@ -2,8 +2,8 @@
 
     Frantar et al. 2024, https://arxiv.org/abs/2408.11743, for why such a product can be as fast as
     its bytes are read; what is ours is in `tiles.py` (how a weight lies), `unpack.py` (codes to
-    values), `fused.py` (the product) and `overlapped.py` (for many tokens, on Hopper). `reference.py`
-is plain torch.
+    values), `fused.py` (the product) and `overlapped.py` (for many tokens, on Hopper).
+    `reference.py` is plain torch.
 
 One entry for any number of tokens. On an accelerator the tiles are read, or the weight is made
 dense, a piece of memory that is given back, and multiplied by torch's own product. Which it is, and
