@@ -5,10 +5,10 @@ A profile says how often a linear is called with how many tokens; an option's ti
     sum over token counts t of calls(t) * median(t)
 
 and so are both ends of its interval. Options whose interval overlaps that of the fastest among them
-tie: no measurement told them apart. An interval tells of one run; another finds a median a percent
-away, so none is taken to be narrower. Those that tie are compared by one time, the fastest's, and
-so on with the fastest of the rest, so that noise decides little; `may_tie` tells what it may still
-decide in another run.
+tie: no measurement told them apart. An interval tells of one run; another finds a median half a per
+cent away, so none is taken to be narrower. Those that tie are compared by one time, the fastest's,
+and so on with the fastest of the rest, so that noise decides little; `may_tie` tells what it may
+still decide in another run.
 
 Errors add up over linears: each is measured alone, with inputs of the unquantized model, as in the
 integer program of HAWQ-V3 (Yao et al. 2020, https://arxiv.org/abs/2011.10680), whose objective is a
@@ -27,7 +27,7 @@ from quantcore.autoquant.measurements import Product, Timings
 from quantcore.errors import SpecError
 
 _WIDE = 0.1  # of an interval, as a share of its time
-_ANOTHER_RUN = 0.01  # of a time: how far away another run may find it
+_ANOTHER_RUN = 0.005  # of a time: how far away another run may find it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

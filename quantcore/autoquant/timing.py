@@ -108,7 +108,7 @@ def timed(
         contenders.append(Contender(watches, costs, before))
         products.append(named)
     with torch.no_grad(), apart():
-        found = race(contenders, contest.calls, effort)
+        found = race(contenders, contest.calls, effort.on(bench.device))
     return {
         named[tokens]: timing
         for named, timings in zip(products, found, strict=True)
