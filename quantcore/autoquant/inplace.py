@@ -18,6 +18,7 @@ plan whose measured divergence exceeds its budget is chosen again, with errors c
 Told how the model runs, it times a few plans end to end and keeps the fastest (finalists.py).
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class Autoquant:
     plan: Plan | None = None
     ignored: tuple[str, ...] = ()  # measurements and findings that could not be used, and why
     warnings: tuple[str, ...] = ()  # where noise has decided more than it should
+    chosen_s = 0.0  # what measuring and choosing took; the swap comes after
 
     def __init__(  # noqa: PLR0913 - see autoquant
         self,
@@ -132,7 +134,9 @@ class Autoquant:
         self._refuse_changed()
         # what is made here outlives a call in inference mode, whose tensors would not
         with torch.inference_mode(False), torch.no_grad():
+            begun_s = time.perf_counter()
             self.plan = self._made()
+            self.chosen_s = time.perf_counter() - begun_s
             swap(self._model, self.plan.labels(), self._recorder)
             for names in self._joined:
                 join(self._model, names)

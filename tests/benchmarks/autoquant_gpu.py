@@ -8,7 +8,8 @@ A model of Llama-3.1-8B's shapes has random bf16 weights: they serve for speed, 
 of no meaning but to be had. Linears of one input are joined; the output head stays dense, since a
 prompt asks it for one token. In turn, each for the profiles decode 1, decode 16, prefill and a mix:
 
-    cold      a plan with no measurement, no finding and no kernel compiled: seconds, all included
+    cold      a plan with no measurement, no finding and no kernel compiled: seconds until it is
+              chosen, and until the model is swapped
     cached    the same from what was measured and found
     again     measured anew: on how many layers both agree, and whether the rest are ties
     budget    from the cache, with an error between two uniform schemes
@@ -101,9 +102,9 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
     plans: dict[str, Plan] = {}
 
     def plan(name: str, *args: Any) -> Plan:
-        found, seconds = run.planned(*args)
-        facts["seconds"][name] = round(seconds, 2)
-        print(f"{name}: {seconds:.1f} s; {told(found)}", flush=True)
+        found, chosen_s, swapped_s = run.planned(*args)
+        facts["seconds"][name] = [round(chosen_s, 2), round(swapped_s, 2)]
+        print(f"{name}: {chosen_s:.1f} s, swapped {swapped_s:.1f}; {told(found)}", flush=True)
         if run.options.plans:
             run.options.plans.mkdir(parents=True, exist_ok=True)
             file = "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -112,7 +113,7 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
 
     for profile in profiles:
         plans[profile.name] = plan(f"cold {profile.name}", profile)
-    cold_s = sum(facts["seconds"].values())
+    cold_s = sum(chosen_s for chosen_s, _ in facts["seconds"].values())
     print(f"cold, all profiles: {cold_s:.1f} s", flush=True)
     for check in plans[profiles[0].name].checks:
         print(f"    {check}", flush=True)

@@ -65,8 +65,8 @@ class Run:
 
     def planned(
         self, profile: Profile, budgets: Budgets = FREE, run: Prepare | None = None
-    ) -> tuple[Plan, float]:
-        """The plan, and the seconds from the recorded call's end until it is chosen and swapped."""
+    ) -> tuple[Plan, float, float]:
+        """The plan, and the seconds from the recorded call until it is chosen, and swapped."""
         options = self.options
         with undone(self.model, self.linears):
             auto = autoquant(
@@ -94,7 +94,7 @@ class Run:
         for warning in auto.warnings:
             print(f"    {warning}", flush=True)
         _tidy()
-        return plan, seconds
+        return plan, auto.chosen_s, seconds
 
     def late(self) -> bool:
         return time.perf_counter() - self.begun_s > self.options.deadline
