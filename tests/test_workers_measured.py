@@ -101,6 +101,24 @@ def test_a_file_that_is_there_and_cannot_be_read_is_an_error(tmp_path: Path) -> 
         read(_Locked(tmp_path))
 
 
+class _Torn(LocalStore):
+    """Its first listing has neither what was merged away nor what it was merged into."""
+
+    listings = 0
+
+    def list(self, prefix: str = "") -> list[str]:
+        self.listings += 1
+        names = super().list(prefix)
+        return names[1:] if self.listings == 1 else names
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_listing_that_lacks_a_file_is_not_the_last(tmp_path: Path, count: int) -> None:
+    for tokens in range(1, count + 1):
+        keep(LocalStore(tmp_path), of([tokens]))
+    assert tokens_in(_Torn(tmp_path)) == list(range(1, count + 1))
+
+
 def test_nothing_is_lost_where_many_write_tidy_and_read_at_once(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     writers, each = 6, 12

@@ -17,7 +17,7 @@ from workers.store import Store
 
 T = TypeVar("T")
 
-_LISTINGS = 8  # of a store that others tidy while it is read
+_LISTINGS = 16  # of a store that others tidy while it is read
 
 
 def keep(store: Store, data: bytes) -> str:
@@ -30,18 +30,23 @@ def keep(store: Store, data: bytes) -> str:
 def gather(store: Store, read: Callable[[str, bytes], T]) -> dict[str, T]:
     """By name, what `read` makes of a file: of its whole name, for errors, and its content.
 
-    One that goes away meanwhile was merged into another: look again.
+    One that goes away meanwhile was merged into another: look again. A listing is no one moment's
+    either, and may have neither: so the last one is one that showed nothing new.
     """
     found: dict[str, T] = {}
-    for _ in range(_LISTINGS):
+    whole = False
+    for listing in range(_LISTINGS):
         names = [name for name in store.list() if name.endswith(".json") and "/" not in name]
         new = [name for name in names if name not in found]
+        if listing and whole and not new:
+            return found
         for name in new:
             data = _get(store, name)
             if data is not None:
                 found[name] = read(f"{store.url}/{name}", data)
-        if all(name in found for name in new):
-            return found
+        whole = all(name in found for name in new)
+    if whole:
+        return found
     raise StoreError(f"{store.url}: files go as fast as they are read: try again")
 
 

@@ -8,7 +8,7 @@ the two ends.
 
 A front is to be looked at: where the solver would take long for a point, the relaxation's rounding,
 improved by exchanges, stands for it (up to 4 per cent more error were seen). A budget is chosen for
-anew (choice.py), exactly.
+anew (choice.py).
 """
 
 from collections.abc import Sequence
