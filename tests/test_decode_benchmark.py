@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks import decode
-from tests.benchmarks.decode import ROWS, Decoder, Row, measure, random_model, run, table
+from tests.benchmarks.decode import ROWS, Row, measure, random_model, run, table
+from tests.benchmarks.decoding import Decoder
 
 OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False, apart=False)
 

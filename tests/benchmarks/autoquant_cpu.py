@@ -45,7 +45,8 @@ from quantcore.autoquant.race import Effort
 from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
 from quantcore.schemes import Scheme
-from tests.benchmarks.decode import Decoder, linear_bytes
+from tests.benchmarks.decode import linear_bytes
+from tests.benchmarks.decoding import Decoder
 from tests.benchmarks.plan_runs import runner
 from workers.kind import hardware_kind
 from workers.loading import load

@@ -23,7 +23,8 @@ from quantcore.autoquant.timing import Bench
 from quantcore.joining import join_linears
 from quantcore.quantize import linears_of
 from quantcore.recorder import Recorder
-from tests.benchmarks.decode import Decoder, captured, linear_bytes
+from tests.benchmarks.decode import linear_bytes
+from tests.benchmarks.decoding import Decoder, captured
 
 FREE = Budgets()
 _DECODED = 16  # as many tokens a call or fewer are a step of so many sequences
