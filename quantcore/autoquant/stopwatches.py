@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import torch
+from quantkernels.graphs import capturing
 from torch import Tensor, nn
 
 _SLICE_S = 2e-3  # a clock's own time does not show in as much
@@ -92,8 +93,7 @@ class Replay:
         return [self._replay() for _ in range(repeats)]
 
     def _captured(self, rounds: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with capturing(self._pool) as graph:
             for linear in self._linears * rounds:
                 linear(self._x_TI)
         return graph

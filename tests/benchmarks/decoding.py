@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from quantkernels.graphs import capturing
 from torch import Tensor, nn
 
 
@@ -40,8 +41,7 @@ class Decoder:
             for _ in range(3):
                 self._computed()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing() as graph:
             self._computed()
         self._step = graph.replay
         return None
@@ -67,8 +67,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     for _ in range(2):
         run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing() as graph:
         kept = run()
 
     def replay() -> object:

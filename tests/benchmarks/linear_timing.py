@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
+from quantkernels.graphs import capturing
 
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 0}  # more than any GPU's so far; a CPU is for trying
 _COPIES = 64  # at most: a smaller weight is no layer's
@@ -88,8 +89,7 @@ class _Graph:
 
 
 def _captured(calls: Sequence[Callable[[], object]], pool: Any) -> _Graph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capturing(pool) as graph:
         for call in calls:
             call()
     return _Graph(calls, graph)

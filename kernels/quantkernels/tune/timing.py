@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quantkernels.graphs import capturing
 from quantkernels.weight_only.arrivals import forget
 
 
@@ -12,8 +13,7 @@ def timed(calls: Sequence[Callable[[], object]], replays: int = 20) -> list[floa
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing() as graph:
         for call in calls:
             call()
     graph.replay()
