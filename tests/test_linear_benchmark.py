@@ -54,7 +54,7 @@ def test_every_kernel_of_a_cpu_is_held_to_float64_and_timed(
 def test_a_run_comes_in_pieces_that_are_whole(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     for shape, tokens in (("64x128", "12"), ("32x64", "1"), ("64x128", "23")):
-        told = [*CPU, "--shapes", shape, "--kernels", "ours int8", "--json", str(out)]
+        told = [*CPU, "--shapes", shape, "--kernels", "ours int8 dynamic", "--json", str(out)]
         linear_gpu.main([*told, "--tokens", *tokens])
     first, second = json.loads(out.read_text())["shapes"]
     assert (first["rows"], second["rows"]) == (64, 32)

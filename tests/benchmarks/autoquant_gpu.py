@@ -154,7 +154,11 @@ def end_to_end(run: Run, profiles: list[Profile], plans: dict[str, Plan]) -> lis
         if run.late() and not always:
             print(f"left out: {name}", flush=True)
             return
-        times[name] = run.timed(labels, profiles)
+        try:
+            times[name] = run.timed(labels, profiles)
+        except Exception as error:  # whatever it is: the others are told
+            print(f"FAILED: {name}: {error!r}"[:400], flush=True)
+            return
         print(f"ran {name} ({time.perf_counter() - run.begun_s:.0f} s)", flush=True)
 
     take(DENSE_LABEL, dict.fromkeys(run.linears, DENSE_LABEL))

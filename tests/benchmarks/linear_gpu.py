@@ -29,6 +29,8 @@ from quantkernels.tune import SHAPES
 from quantkernels.weight_only.arrivals import forget
 from torch import Tensor
 
+from quantcore.autoquant.ahead import compile_ahead
+from quantcore.autoquant.measurements import Product
 from tests.benchmarks import linear_results as results
 from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
 from tests.benchmarks.linear_peers import MODE, peers
@@ -88,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ceilings = _ceilings(options)
     print(f"reading {ceilings['read_tb_s']:.2f} TB/s, ", end="")
     print(f"bf16 products {ceilings['bf16_tflop_s']:.1f} TFLOP/s", flush=True)
+    _compile_ahead(kernels, options)
     for shape in options.shapes:
         records = _records(shape, kernels, options)
         _print(shape, records, missing)
@@ -97,6 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.json.write_text(results.text(machine, known))
         if options.svg:
             options.svg.write_bytes(draw(results.document(machine, known)))
+
+
+def _compile_ahead(kernels: Sequence[Kernel], options: argparse.Namespace) -> None:
+    """All of ours in many processes, which takes seconds for each kernel."""
+    if options.device != "cuda":
+        return
+    compile_ahead(
+        Product(
+            candidate=kernel.candidate, dtype="bfloat16", rows=rows, columns=columns, tokens=tokens
+        )
+        for rows, columns in options.shapes
+        for kernel in kernels
+        if kernel.candidate is not None
+        for tokens in options.tokens
+    )
 
 
 def _records(

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quantcore.autoquant.candidates import Candidate
 from quantcore.quantize import quantize_
+from quantcore.schemes import resolve_scheme
 from quantcore.tensors import Layout, QuantizedTensor
 
 # How a kernel rounds its inputs, for float64 to do the same
-Served = Literal["as they are", "int8, per token", "float8, per token", "float8, per tensor"]
+Served = Literal[
+    "as they are",
+    "int8, per token",
+    "int8 with a zero point, per token",
+    "float8, per token",
+    "float8, per tensor",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,7 @@ class Kernel:
     build: Callable[[Tensor], Built]
     served: Served = "as they are"
     devices: tuple[str, ...] = ("cuda",)
+    candidate: Candidate | None = None  # ours: what can be compiled ahead
 
     @property
     def label(self) -> str:
@@ -50,10 +59,12 @@ def _bf16(w_OI: Tensor) -> Built:
     )
 
 
-def _ours(scheme: str, layout: Layout, **settings: Any) -> Callable[[Tensor], Built]:
+def _ours(
+    label: str, name: str, layout: Layout, group_size: int | str | None = None, **more: Any
+) -> Kernel:
     def build(w_OI: Tensor) -> Built:
-        module = _quantized(w_OI, scheme, layout, **settings)
-        plain = _quantized(w_OI, scheme, Layout.PLAIN, **settings)
+        module = _quantized(w_OI, name, layout, group_size)
+        plain = _quantized(w_OI, name, Layout.PLAIN, group_size)
         assert isinstance(module.weight, QuantizedTensor)
         assert isinstance(plain.weight, QuantizedTensor)
         return Built(
@@ -62,40 +73,36 @@ def _ours(scheme: str, layout: Layout, **settings: Any) -> Callable[[Tensor], Bu
             num_bytes=module.weight.num_bytes(),
         )
 
-    return build
+    candidate = Candidate(scheme=resolve_scheme(name, group_size), layout=layout)
+    devices = ("cuda", "cpu")
+    return Kernel(
+        by="ours", scheme=label, build=build, devices=devices, candidate=candidate, **more
+    )
 
 
-def _quantized(w_OI: Tensor, scheme: str, layout: Layout, **settings: Any) -> nn.Linear:
+def _quantized(
+    w_OI: Tensor, scheme: str, layout: Layout, group_size: int | str | None
+) -> nn.Linear:
     rows, columns = w_OI.shape
     module = nn.Linear(columns, rows, bias=False, device="meta")
     module.weight = nn.Parameter(w_OI, requires_grad=False)
-    quantize_(module, scheme, layout=layout, inductor_settings=False, **settings)
+    quantize_(module, scheme, group_size=group_size, layout=layout, inductor_settings=False)
     return module
 
 
 BF16 = Kernel(by="torch", scheme="bf16", build=_bf16, devices=("cuda", "cpu"))
 
-_our = partial(Kernel, by="ours", devices=("cuda", "cpu"))
 _TILED, _PLAIN = Layout.TRITON_TILED, Layout.PLAIN
 OURS = [
-    _our(scheme="int4 g128", build=_ours("int4", _TILED, group_size=128)),
-    _our(scheme="int4 g64", build=_ours("int4", _TILED, group_size=64)),
-    _our(scheme="int8", build=_ours("int8", _TILED)),
-    _our(scheme="float8", build=_ours("float8", _TILED)),
-    _our(
-        scheme="int8 dynamic",
-        build=_ours("int8_dynamic", _PLAIN),
-        served="int8, per token",
-    ),
-    _our(
-        scheme="float8 dynamic row",
-        build=_ours("float8_dynamic", _PLAIN, group_size="channel"),
-        served="float8, per token",
-    ),
-    _our(
-        scheme="float8 dynamic tensor",
-        build=_ours("float8_dynamic", _PLAIN, group_size="tensor"),
-        served="float8, per tensor",
+    _ours("int4 g128", "int4", _TILED, 128),
+    _ours("int4 g64", "int4", _TILED, 64),
+    _ours("int8", "int8", _TILED),
+    _ours("float8", "float8", _TILED),
+    _ours("int8 dynamic", "int8_dynamic", _PLAIN, served="int8, per token"),
+    _ours("float8 dynamic row", "float8_dynamic", _PLAIN, "channel", served="float8, per token"),
+    _ours("float8 dynamic tensor", "float8_dynamic", _PLAIN, "tensor", served="float8, per tensor"),
+    _ours(
+        "int8 dynamic int4", "int8_dynamic_int4", _TILED, served="int8 with a zero point, per token"
     ),
 ]
 
@@ -143,6 +150,11 @@ def served(x_TI: Tensor, how: Served) -> Tensor:
     x_TI = x_TI.double()
     if how == "as they are":
         return x_TI
+    if how == "int8 with a zero point, per token":
+        low, high = x_TI.amin(-1, True).clamp(max=0), x_TI.amax(-1, True).clamp(min=0)
+        scale = (high - low) / 255
+        zero = (-128 - low / scale).round()
+        return (((x_TI / scale).round() + zero).clamp(-128, 127) - zero) * scale
     largest = x_TI.abs().amax(-1, keepdim=True) if "token" in how else x_TI.abs().amax()
     if how == "int8, per token":  # max|x| over half of 255 steps
         scale = largest * 2 / 255
