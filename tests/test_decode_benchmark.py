@@ -11,7 +11,7 @@ from tests.benchmarks import decode
 from tests.benchmarks.decode import ROWS, Row, measure, random_model, run, table
 from tests.benchmarks.decoding import Decoder
 
-OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=False, apart=False)
+OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=None, apart=False)
 
 
 def made() -> nn.Module:
@@ -80,7 +80,7 @@ def test_steps_take_what_plain_forwards_would() -> None:
     for _ in range(6):
         logits_BV = model(wanted_BT, use_cache=False).logits[:, -1]
         wanted_BT = torch.cat([wanted_BT, logits_BV.argmax(-1, keepdim=True)], dim=1)
-    decoder = Decoder(model, 2, 18, compiled=False)
+    decoder = Decoder(model, 2, 18)
     for _ in range(2):  # begun again, it gives the same
         decoder.begin(ids_BT)
         first = decoder.ids_B1.clone()

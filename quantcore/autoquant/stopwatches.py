@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from quantkernels.graphs import capturing
+from quantkernels.graphs import capturing, replayed_us
 from torch import Tensor, nn
 
 _SLICE_S = 2e-3  # a clock's own time does not show in as much
@@ -83,29 +83,15 @@ class Replay:
         self._linears, self._x_TI, self._pool = linears, x_TI, pool
         self._calls = len(linears)
         self._graph = self._captured(rounds=1)
-        self._graph.replay()
-        if (rounds := int(_REPLAY_US / (self._replay() * self._calls)) + 1) > 1:
+        if (rounds := int(_REPLAY_US / min(replayed_us(self._graph, 2))) + 1) > 1:
             self._calls *= rounds
             self._graph = self._captured(rounds)
 
     def __call__(self, repeats: int) -> list[float]:
-        self._graph.replay()
-        return [self._replay() for _ in range(repeats)]
+        return [taken_us / self._calls for taken_us in replayed_us(self._graph, repeats)]
 
     def _captured(self, rounds: int) -> torch.cuda.CUDAGraph:
         with capturing(self._pool) as graph:
             for linear in self._linears * rounds:
                 linear(self._x_TI)
         return graph
-
-    def _replay(self) -> float:
-        start, end = (_event(), _event())
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / self._calls
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -80,7 +80,7 @@ class Runner:
     def __init__(self, model: nn.Module, prompt_BT: Tensor, steps: int) -> None:
         self._model, self._prompt_BT, self._steps = model, prompt_BT, steps
         length = prompt_BT.shape[1] + steps + 1
-        self._decoder = Decoder(model, 1, length, compiled=False)
+        self._decoder = Decoder(model, 1, length)
         self.linear_bytes = linear_bytes(model) - model.get_output_embeddings().weight.nbytes
 
     def decode_ms(self) -> list[float]:

@@ -11,7 +11,8 @@ prompt asks it for one token. In turn, each for the profiles decode 1, decode 16
     cold      a plan with no measurement, no finding and no kernel compiled: seconds until it is
               chosen, and until the model is swapped
     cached    the same from what was measured and found
-    again     measured anew: on how many layers both agree, and whether the rest are ties
+    again     measured anew: on how many layers both agree, and whether the rest are ties (not
+              with `--once`)
     budget    from the cache, with an error between two uniform schemes
     proven    from the cache, with a few plans run end to end, one of which is kept (`--prove`)
 
@@ -123,7 +124,7 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
         found = len(run.findings.of) - count
         print(f"    {'the same plan' if same else 'ANOTHER PLAN'}, {found} found anew", flush=True)
     known, run.measurements = run.measurements, Measurements(of={})
-    for profile in profiles:
+    for profile in () if run.options.once else profiles:
         again = plan(f"again {profile.name}", profile)
         facts["agreement"][profile.name] = agreement(plans[profile.name], again)
         print(f"    {facts['agreement'][profile.name]}", flush=True)
@@ -284,6 +285,7 @@ def _options() -> argparse.Namespace:
         "--between", nargs=2, default=("int8 sym channel", "int4 sym g64"), help="schemes"
     )
     parser.add_argument("--prove", nargs="*", default=["mix"], help="profiles")
+    parser.add_argument("--once", action="store_true", help="nothing is measured anew")
     parser.add_argument("--seconds", type=float, default=0.3, help="for each product, at most")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--uniforms", type=int, default=20, help="so many run, the fastest first")

@@ -53,6 +53,7 @@ WHOLE = {  # blocks and vocabulary
     "llama-70b": {"num_hidden_layers": 80, "vocab_size": 128_256},
     "smollm2-135m": {"num_hidden_layers": 30, "vocab_size": 49_152},
 }
+TUNED = "max-autotune-no-cudagraphs"
 GATE_STEPS = 4
 # Of the step's logits beside a plain forward's, relative: a token too few shows as 0.18 after so
 # short a prompt, another order of them or none as 0.65 and more; 32 blocks of random weights make
@@ -124,7 +125,7 @@ def measure(
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
     length = ids_BT.shape[1] + max(options.tokens, GATE_STEPS)
-    decoder = Decoder(model, len(ids_BT), length, compiled=options.compile)
+    decoder = Decoder(model, len(ids_BT), length, mode=options.compile)
     decoder.capture(ids_BT)
     off = gate(row, model, decoder, ids_BT)
     seconds, continuation = [], []
@@ -168,7 +169,13 @@ def quantize_all(model: nn.Module, row: Row, layout: Layout, ids_BT: Tensor) -> 
         with recorder:
             model(ids_BT, use_cache=False)
     quantize_(
-        model, row.scheme, linears, group_size=row.group_size, layout=layout, recorder=recorder
+        model,
+        row.scheme,
+        linears,
+        group_size=row.group_size,
+        layout=layout,
+        recorder=recorder,
+        inductor_settings=False,
     )
 
 
@@ -294,7 +301,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to decode")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", TUNED),
+        help=f"by torch.compile; {TUNED} with the settings that we recommend takes minutes a row",
+    )
     parser.add_argument("--apart", action="store_true", help="linears of one input are not joined")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -315,13 +328,13 @@ def main() -> None:
         config = LlamaConfig(max_position_embeddings=8192, tie_word_embeddings=False, **shape)
         ids_BT = torch.randint(0, config.vocab_size, (options.batch, options.prompt))
         make = lambda: random_model(config, options.device)  # noqa: E731
-    if options.compile:
+    if options.compile == TUNED:
         recommended_inductor_settings()  # for bfloat16 too, before its first product
     measured = run(rows, make, ids_BT.to(options.device), options, text_ids)
     kind = hardware_kind(options.device)
     shape_name = f"{options.shape} ({options.blocks or 'all'} blocks)"
     name = options.model.name if options.model else shape_name
-    how = "compiled" if options.compile else "not compiled"
+    how = f"compiled ({options.compile})" if options.compile else "not compiled"
     print(f"\n{name}, batch {options.batch}, prompt {options.prompt}, {how}; {kind}\n")
     print(table(measured))
     if tokenizer is not None:

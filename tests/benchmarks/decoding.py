@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 
 class Decoder:
-    """A token of each sequence a call, at shapes and addresses that stay as they are."""
+    """A token of each sequence a call, at shapes and addresses that stay as they are.
 
-    def __init__(self, model: nn.Module, batch: int, length: int, *, compiled: bool) -> None:
+    ``mode`` is torch.compile's; None computes eagerly.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = None) -> None:
         from transformers import StaticCache
 
         device = next(model.parameters()).device
@@ -18,8 +21,7 @@ class Decoder:
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(batch, model.config.vocab_size, device=device)
-        mode = "max-autotune-no-cudagraphs"
-        self._next = torch.compile(self._logits, mode=mode) if compiled else self._logits
+        self._next = torch.compile(self._logits, mode=mode) if mode else self._logits
         self._step: Callable[[], None] = self._computed
 
     def begin(self, ids_BT: Tensor) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
-from quantkernels.graphs import capturing
+from quantkernels.graphs import capturing, replayed_us
 
 CACHE_BYTES = {"cuda": 128 << 20, "cpu": 0}  # more than any GPU's so far; a CPU is for trying
 _COPIES = 64  # at most: a smaller weight is no layer's
@@ -23,8 +23,8 @@ _FEWEST, _MOST = 7, 50
 class Replay(Protocol):
     calls: Sequence[Callable[[], object]]
 
-    def __call__(self) -> float:
-        """Microseconds of one call, all calls having run once."""
+    def __call__(self, repeats: int = 1) -> list[float]:
+        """Microseconds of one call, for each time that all of them ran."""
         ...
 
 
@@ -50,16 +50,14 @@ def prepared(calls: Sequence[Callable[[], object]], device: str, pool: Any = Non
     if device != "cuda":
         return _Round(calls)
     once = _captured(calls, pool)
-    once()
-    rounds = int(_REPLAY_US / (once() * len(calls))) + 1
+    rounds = int(_REPLAY_US / (min(once(2)) * len(calls))) + 1
     return once if rounds == 1 else _captured(list(calls) * rounds, pool)
 
 
 def timed(replay: Replay) -> Times:
-    replay()
-    replay_us = replay() * len(replay.calls)
+    replay_us = replay(2)[-1] * len(replay.calls)
     count = round(min(_MOST, max(_FEWEST, _PASS_US / replay_us)))
-    times = sorted(replay() for _ in range(count))
+    times = sorted(replay(count))
     return Times(p50_us=median(times), p20_us=times[count // 5], p80_us=times[-1 - count // 5])
 
 
@@ -67,7 +65,10 @@ def timed(replay: Replay) -> Times:
 class _Round:
     calls: Sequence[Callable[[], object]]
 
-    def __call__(self) -> float:
+    def __call__(self, repeats: int = 1) -> list[float]:
+        return [self._once() for _ in range(repeats)]
+
+    def _once(self) -> float:
         start = time.perf_counter()
         for call in self.calls:
             call()
@@ -79,13 +80,8 @@ class _Graph:
     calls: Sequence[Callable[[], object]]
     graph: torch.cuda.CUDAGraph
 
-    def __call__(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / len(self.calls)
+    def __call__(self, repeats: int = 1) -> list[float]:
+        return [taken_us / len(self.calls) for taken_us in replayed_us(self.graph, repeats)]
 
 
 def _captured(calls: Sequence[Callable[[], object]], pool: Any) -> _Graph:

@@ -136,7 +136,7 @@ def _part(
         prompt_BT = torch.randint(words, (1, tokens), generator=draw, device=device)
         prompt = captured(lambda: model(prompt_BT, use_cache=False, logits_to_keep=1).logits)
         return lambda: [prompt() for _ in range(calls)]
-    decoder = Decoder(model, tokens, options.cache, compiled=False)
+    decoder = Decoder(model, tokens, options.cache)
     ids_BT = torch.ones(tokens, 4, dtype=torch.long, device=device)
     decoder.capture(ids_BT)
     left = [0]  # of the cache

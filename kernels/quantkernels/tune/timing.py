@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from quantkernels.graphs import capturing
+from quantkernels.graphs import capturing, replayed_us
 from quantkernels.weight_only.arrivals import forget
 
 
@@ -17,18 +17,6 @@ def timed(calls: Sequence[Callable[[], object]], replays: int = 20) -> list[floa
         for call in calls:
             call()
     graph.replay()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(replays):
-        start, end = _event(), _event()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) * 1e3 / len(calls))
+    times = [taken_us / len(calls) for taken_us in replayed_us(graph, replays)]
     forget()  # this graph is not replayed again, and a search captures many
     return sorted(times)
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
