@@ -212,7 +212,7 @@ def _measure(
         return
     for facts in told:
         print_plan_facts(facts)
-        for line in (facts["noise"], facts["errors"]):
+        for line in (facts["noise"], facts["times"], facts["errors"]):
             if line:
                 say(line)
         say(f"{facts['plan']}, and in the store {facts['store']}")

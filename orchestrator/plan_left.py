@@ -7,7 +7,7 @@ from orchestrator.planned import Planned
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.document import Plan, file_name, parse, written
 from quantcore.autoquant.options import noise
-from quantcore.autoquant.telling import errors_told, shown
+from quantcore.autoquant.telling import errors_told, shown, times_told
 from quantcore.errors import SpecError, StoreError
 from workers.store import open_file, open_store
 
@@ -47,6 +47,7 @@ def facts(plan: Plan, place: str, url: str) -> dict[str, Any]:
         "plan": str(Path(place)) if "://" not in place else place,
         "store": url,
         "errors": errors_told(plan),
+        "times": times_told(plan),
         "noise": noise(plan.measured),
         **shown(plan),
     }

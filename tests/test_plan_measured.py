@@ -83,7 +83,7 @@ def test_nothing_is_measured_twice(job_to_plan: PlanJob) -> None:
         measured_plans(check_to_plan(job_to_plan("b")), refuse_to_start, Observer(), EFFORT)
     )
     assert again == [first]
-    other = {"budgets": {"error": 0.001}, "least": "time"}
+    other = {"budgets": {"error": 0.001}, "least": "time", "end_to_end": False}
     (budgeted,) = measured_plans(
         check_to_plan(job_to_plan("c", **other)), refuse_to_start, Observer(), EFFORT
     )
@@ -91,7 +91,7 @@ def test_nothing_is_measured_twice(job_to_plan: PlanJob) -> None:
 
     asked = Asked()
     made(check_to_plan(job_to_plan("d", candidates=["default", "int4"])), asked)
-    (sensed, *races) = asked.tasks
+    (sensed, *races, _) = asked.tasks
     assert {s.name for of in sensed.wanted.values() for s in of} == {"int4", "int8_dynamic_int4"}
     for race in races:
         assert {product.candidate.scheme for product in race.known} >= {None, DYNAMIC}

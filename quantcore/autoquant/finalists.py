@@ -44,6 +44,7 @@ EFFORT = Effort(spread=0.01, seconds=4.0, round_repeats=2)
 _FEWEST = 6  # repeats, however long one takes: with fewer nothing bounds a median
 _LONG_US = 1e5  # what ran before does not show in as much
 _MOST_UNIFORMS = 3
+MOST = 2 + _MOST_UNIFORMS  # that run in one's turn: with the chosen plan and the dense model
 _NEAR = 0.2  # of a plan's time: predictions were never off by as much
 _TIE = 0.02  # however wide intervals are
 _MOST_SCALED = 2.0  # a kernel's factor, or its inverse: what is further off is another fault
