@@ -8,9 +8,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from typing import Protocol
 
-from orchestrator.loop import Summaries
+from orchestrator.executors import Result
+from orchestrator.loop import Observer, Summaries
 from orchestrator.plan_room import Stand
+from orchestrator.scheduler import Assignment
 from orchestrator.sizes import gib
 from orchestrator.to_plan import ToPlan
 from quantcore.autoquant.finalists import Finalist
@@ -18,12 +21,31 @@ from quantcore.autoquant.measurements import HardwareKind, Timing
 from quantcore.autoquant.race import Effort
 from workers import proven
 from workers.layout import dump
-from workers.store import STORE_PATIENCE_S
+from workers.store import STORE_PATIENCE_S, Store
 from workers.tasks import Prove, Task
 
 _VERSION = 1  # raised by hand whenever the same would be run otherwise
 
-Do = Callable[[Mapping[str, Task]], Summaries]
+
+class Do(Protocol):
+    """Have tasks done; whoever listens is told of each."""
+
+    def __call__(self, tasks: Mapping[str, Task], *listening: Observer) -> Summaries: ...
+
+
+@dataclass(slots=True)
+class _Keeper(Observer):
+    """Writes what a run's plans took to the store once it has ended."""
+
+    store: Store
+    digest: str
+    hardware: HardwareKind
+    plans: Sequence[str]  # digests
+
+    def finished(self, assignment: Assignment, result: Result) -> None:
+        if ends := result.summary.get("ends"):
+            run = proven.Run(self.hardware.label(), dict(zip(self.plans, ends, strict=True)))
+            proven.keep(self.store, self.digest, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +69,10 @@ class Prover:
             running = self._fitting(finalists)
             digest = self._digest(running)
         if digest not in known:
-            known[digest] = self._run(running)
-            proven.keep(store, digest, known[digest])
+            keeper = _Keeper(store, digest, self.hardware, list(map(_digest_of, running)))
+            self.do({f"prove/{digest}": self._task(running)}, keeper)
             proven.tidy(store)
+            known = proven.known(store, lambda _: None)
         plans = known[digest].plans
         return [plans.get(_digest_of(finalist)) for finalist in finalists]
 
@@ -68,8 +91,8 @@ class Prover:
             fitting.append(finalist)
         return fitting
 
-    def _run(self, finalists: Sequence[Finalist]) -> proven.Run:
-        task = Prove(
+    def _task(self, finalists: Sequence[Finalist]) -> Prove:
+        return Prove(
             hardware=self.hardware,
             layers=self.layers,
             plans=tuple(finalist.labels for finalist in finalists),
@@ -78,9 +101,6 @@ class Prover:
             longest=self.stand.longest,
             effort=self.effort,
         )
-        (summary,) = self.do({f"prove/{self._digest(finalists)}": task}).values()
-        digests = map(_digest_of, finalists)
-        return proven.Run(self.hardware.label(), dict(zip(digests, summary["ends"], strict=True)))
 
     def _digest(self, finalists: Sequence[Finalist]) -> str:
         told = {

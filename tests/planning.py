@@ -32,41 +32,43 @@ H200 = {"device": "cuda", "name": "NVIDIA H200", "torch": "2.11.0", "bfloat16": 
 class MadeUp(Bench):
     """Microseconds by scheme, for each row and token, the more on a CPU."""
 
-    def __init__(self, times: float) -> None:
+    def __init__(self, times: float, us: Mapping[str, float] = US) -> None:
         super().__init__("cpu")
-        self._times = times
+        self._times, self._us = times, us
 
     def stopwatch(self, product: Product) -> Stopwatch:
         scheme = product.candidate.scheme
         us = (
             self._times
-            * US.get(scheme.name if scheme else "dense", 9.0)
+            * self._us.get(scheme.name if scheme else "dense", 9.0)
             * product.rows
             * product.tokens
         )
         return lambda repeats: [us] * repeats
 
 
-def whole_us(labels: Mapping[str, str], tasks: Prove, us: Mapping[str, float]) -> float:
+def whole_us(task: Prove, labels: Mapping[str, str], us: Mapping[str, float]) -> float:
     """What a whole model takes under a plan: its linears by scheme, and the rest of it."""
-    taken = [label.split()[0] for layer, label in labels.items() for _ in tasks.layers[layer]]
+    taken = [label.split()[0] for layer, label in labels.items() for _ in task.layers[layer]]
     return REST_US + sum(us.get(scheme, 9.0) for scheme in taken)
 
 
 class Fleet(InProcessExecutor):
     """Workers that compute on this CPU, whatever they are said to be, and make up times.
 
-    Whole models are as fast as `whole` has it, by scheme, for each linear.
+    By scheme: `alone` is what linears take in races, and `whole` what each does in a whole model.
     """
 
-    whole: ClassVar[Mapping[str, float]] = US
+    alone: ClassVar[Mapping[str, float]] = US
+    whole: ClassVar[Mapping[str, float] | None] = US  # None: they are run
 
     def __init__(self, prepared: Prepared) -> None:
         super().__init__(prepared.plan, ["cpu"] * len(prepared.team.devices))
         self._races: list[tuple[int, Assignment]] = []
 
     def submit(self, worker: int, assignment: Assignment) -> None:
-        if isinstance(assignment.task, Race | Prove):
+        made_up = Race if self.whole is None else Race | Prove
+        if isinstance(assignment.task, made_up):
             self._races.append((worker, assignment))
         else:
             super().submit(worker, assignment)
@@ -77,11 +79,12 @@ class Fleet(InProcessExecutor):
         worker, assignment = self._races.pop(0)
         task = assignment.task
         if isinstance(task, Prove):
-            times = [whole_us(labels, task, self.whole) for labels in task.plans]
+            assert self.whole is not None
+            times = [whole_us(task, labels, self.whole) for labels in task.plans]
             ends = [Timing(median_us=us, low_us=us, high_us=us, repeats=8) for us in times]
             return Result(assignment.id, worker, 0.0, {"ends": ends})
         assert isinstance(task, Race)
-        bench = MadeUp(1.0 if task.hardware.device == "cuda" else 10.0)
+        bench = MadeUp(1.0 if task.hardware.device == "cuda" else 10.0, self.alone)
         _, new = measured(task.spots, task.factors, task.known, bench, task.effort)
         return Result(assignment.id, worker, 0.0, {"timings": new})
 
