@@ -28,6 +28,7 @@ from quantcore.tensors import QuantizedTensor
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
 from tests.planning import EFFORT, REST_US, Asked, Fleet, Lossy, made, refuse_to_start
+from tests.test_orchestrator_job import JobFile, run_here
 from workers import decoding, proven, proving
 from workers.machine import Machine, look
 from workers.store import open_store
@@ -276,7 +277,7 @@ def test_a_worker_runs_the_whole_model_as_each_plan_leaves_it(
     """By a stopwatch that is made up: int8 is the faster one in the model."""
     us = {"dense": 8.0, "int8": 1.0, "int8_dynamic": 2.0}
     elapsed_us = [0.0]
-    dressed: list[tuple[int, int, int, int]] = []
+    dressed: list[tuple[int, ...]] = []
 
     def call(model: nn.Module, tokens: int, cache_tokens: int, longest: int) -> Callable[[], None]:
         real = decoding.call(model, tokens, cache_tokens, longest)
@@ -285,9 +286,9 @@ def test_a_worker_runs_the_whole_model_as_each_plan_leaves_it(
         names = [w.scheme.name if isinstance(w, QuantizedTensor) else "dense" for w in weights]
         joined = sum(isinstance(module, Joined) for module in modules)
         dressed.append((tokens, cache_tokens, len(modules), joined))
+        real()
 
         def run() -> None:
-            real()
             elapsed_us[0] += 50.0 + tokens * sum(us[name] for name in names)
 
         return run
@@ -299,15 +300,30 @@ def test_a_worker_runs_the_whole_model_as_each_plan_leaves_it(
 
     monkeypatch.setattr(proving, "call", call)
     monkeypatch.setattr(finalists, "_microseconds", stopwatch)
-    threads = torch.get_num_threads()
-    plan = planned(job_to_plan(threads=threads + 1, calls=[{"tokens": 2}, {"tokens": 24}]), None)
-    assert torch.get_num_threads() == threads
-    assert set(dressed) == {(2, 256, 4 * BLOCKS, 2 * BLOCKS), (24, 256, 4 * BLOCKS, 2 * BLOCKS)}
+    plan = planned(job_to_plan(calls=[{"tokens": 2}, {"tokens": 24}]), None)
+    linears = (4 * BLOCKS, 2 * BLOCKS)  # of them joined
+    assert set(dressed) == {(2, 256, *linears), (24, 256, *linears)}
     assert set(plan.labels().values()) == {INT8}
     ends = by_plan(plan)
     for label, name in (("dense", "dense"), (INT8, "int8")):
         whole = 2 * 50.0 + (2 + 24) * 4 * BLOCKS * us[name]
         assert ends[label].measured_us == pytest.approx(whole)
+
+
+def test_static_schemes_run_with_scales_from_texts_or_kept_statistics(
+    job_to_plan: PlanJob, job_file: JobFile, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it real but the races; joined linears have one scale."""
+    calibration = {"text": str(text_file), "sequences": 8, "length": 32, "keep_statistics": True}
+    kept = run_here(job_file("kept", calibration=calibration)).store
+    monkeypatch.setattr(f"{__name__}.ALONE", {"int8_static": 2.0})
+    for name, texts in (("text", {}), ("kept", {"calibration": {"statistics": kept}})):
+        asked, output = Asked(), {"store": f"./{name}", "format": "native"}
+        job = job_to_plan(name, {"output": output, **texts}, candidates=["all"])
+        plan = planned(job, None, asked)
+        chosen, *_ = asked.proven()[0].plans
+        assert {label.split()[0] for label in chosen.values()} == {"int8_static"}
+        assert all(end.measured_us > 0 for end in plan.ends)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
