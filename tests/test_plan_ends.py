@@ -193,6 +193,19 @@ def test_what_cannot_be_asked_is_one_clear_error(
     assert caught.value.exit_code == 2
 
 
+def test_whole_models_that_took_turns_with_something_else_are_warned_of(
+    job_to_plan: PlanJob,
+) -> None:
+    plan = planned(job_to_plan(), ALONE)
+    assert plan_left.facts(plan, "plan.json", "store")["noise_end_to_end"] is None
+    wide = [replace(end, high_us=1.2 * end.measured_us) for end in plan.ends]
+    told = plan_left.facts(replace(plan, ends=tuple(wide)), "plan.json", "store")
+    assert told["noise_end_to_end"] == (
+        "times of whole models are uncertain: chosen by prediction is known to 20% of its time: "
+        "run them again where nothing else runs, once STORE/measurements/ends is deleted"
+    )
+
+
 def test_what_does_not_run_is_told(job_to_plan: PlanJob) -> None:
     assert PlanSpec().end_to_end == "auto"
     off = check_to_plan(job_to_plan("off", end_to_end=False))

@@ -17,7 +17,7 @@ layout: groups and zero points share it, so that those that tie go on to tie.
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -47,6 +47,7 @@ _MOST_UNIFORMS = 3
 MOST = 2 + _MOST_UNIFORMS  # that run in one's turn: with the chosen plan and the dense model
 _NEAR = 0.2  # of a plan's time: predictions were never off by as much
 _TIE = 0.02  # however wide intervals are
+_WIDE = 0.1  # of an interval, as a share of its time
 _MOST_SCALED = 2.0  # a kernel's factor, or its inverse: what is further off is another fault
 
 
@@ -218,6 +219,18 @@ def kept(finalists: Sequence[Finalist], found: Mapping[str, End]) -> list[Finali
         return not ties, not (ties and is_chosen), finalist.error if ties else 0, end.measured_us
 
     return sorted(fitting, key=order)
+
+
+def noise(found: Iterable[End]) -> str | None:
+    """A warning where what is kept is known too little to be kept for its time."""
+    for end in found:
+        spread = (end.high_us - end.low_us) / end.measured_us
+        if end.kept and spread > _WIDE:
+            return (
+                f"times of whole models are uncertain: {end.plan} is known to {spread:.0%} of its "
+                "time: run them again where nothing else runs"
+            )
+    return None
 
 
 def factors(

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from quantcore.autoquant import finalists
 from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
@@ -187,7 +188,7 @@ class Autoquant:
             confirm=confirm if self._held_out else None,
             timed=self._timed(spots),
         ).chosen(layers)
-        self.warnings = tuple(filter(None, [noise(layers)]))
+        self.warnings = tuple(filter(None, [noise(layers), finalists.noise(outcome.ends)]))
         ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(
             hardware=self._hardware,
