@@ -66,6 +66,8 @@ def test_a_job_is_planned_from_yaml_and_followed_by_run(
     fitting = {of["label"]: of["fits"] for of in facts["uniforms"]}
     assert not fitting["dense"]
     assert facts["errors"].endswith("no whole model was checked")
+    assert facts["times"].startswith("the whole model was run end to end: ")
+    assert [end.plan for end in plan.ends if end.kept and end.low_us > 0]
 
     report = run_here(job).report
     schemes = {line["layer"]: line["scheme"] for line in report["layers"]}

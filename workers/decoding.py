@@ -23,8 +23,8 @@ def call(
 ) -> Callable[[], object]:
     """One call of a model with so many tokens.
 
-    A step's cache has `cache_tokens` places for each sequence. A prompt that is `longest` at most
-    comes as several of one length.
+    A step's cache has `cache_tokens` places for each sequence. A prompt of more tokens than
+    `longest` comes as several of one length.
     """
     device = next(model.parameters()).device
     if not is_step(tokens):
