@@ -27,7 +27,16 @@ from quantcore.joining import Joined
 from quantcore.tensors import QuantizedTensor
 from tests.command import quantfleet
 from tests.conftest import BLOCKS
-from tests.planning import EFFORT, REST_US, Asked, Fleet, Lossy, made, refuse_to_start
+from tests.planning import (
+    EFFORT,
+    REST_US,
+    Asked,
+    Fleet,
+    Lossy,
+    made,
+    mixed,
+    refuse_to_start,
+)
 from tests.test_orchestrator_job import JobFile, run_here
 from workers import decoding, proven, proving
 from workers.machine import Machine, look
@@ -238,6 +247,23 @@ def test_a_worker_without_room_for_a_whole_model_runs_none_or_is_refused(
     assert plan.ends == ()
     with pytest.raises(ResourceError, match=r"^quantization.plan.end_to_end: a worker .*: write f"):
         check_to_plan(job_to_plan("b", end_to_end=True), look_at=small)
+
+
+def test_room_is_looked_for_on_each_kind_of_a_fleet(job_to_plan: PlanJob) -> None:
+    def small_gpu(paths: Sequence[str]) -> list[Machine]:
+        return [replace(machine, device_free={"cuda": (3 << 30,)}) for machine in mixed(paths)]
+
+    sections = {"workers": {"kind": "mixed"}, "compute_dtype": "bfloat16"}
+    job = check_to_plan(
+        job_to_plan(sections=sections, calls=[{"tokens": 100_000}]), look_at=small_gpu
+    )
+    (note,) = [note for note in job.notes if "end to end" in note]
+    assert note.startswith(
+        "nothing runs end to end on NVIDIA H200: a whole model and its linears under two plans take"
+    )
+    gpu, cpu = job.kinds
+    assert isinstance(gpu.stand, str) and isinstance(cpu.stand, Stand)
+    assert (cpu.stand.cache_tokens, cpu.stand.longest) == (256, 256)
 
 
 def test_uniform_plans_that_there_is_no_room_for_are_left_out_and_named(
