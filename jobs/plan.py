@@ -6,6 +6,7 @@
       candidates: [default, int4]
       profile: mix                        # or calls: [{tokens: 1, times: 64}, {tokens: 512}]
       budgets: {error: 0.5, bytes: 4.5GiB}
+      end_to_end: auto                    # or true, false
 
 Without a path `quantfleet plan` measures, and leaves its plans in the job's folder in the store. A
 job follows one of them, or makes an artifact by each:
@@ -23,6 +24,17 @@ from jobs.section import FilePath, PlanPlace, Section
 CandidateClass = Literal["default", "int4", "float8", "all"]
 NamedProfile = Literal["decode_1", "decode_16", "prefill_2048", "mix", "recorded"]
 
+# What is to be planned, and says nothing beside a plan that is made already
+_ASKED = (
+    "candidates",
+    "profile",
+    "calls",
+    "least",
+    "budgets",
+    "held_out",
+    "end_to_end",
+    "threads",
+)
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -62,13 +74,14 @@ class PlanSpec(Section):
     least: Literal["time", "error"] = "time"  # within the budgets
     budgets: BudgetsSpec = BudgetsSpec()
     held_out: FilePath | None = None  # a text that whole models are checked by
+    # whether a few plans run as whole models, one of which is kept; auto: where there is room
+    end_to_end: Literal["auto"] | bool = "auto"
     threads: Annotated[int, Field(gt=0)] | None = None  # of a CPU that serves; None: a worker's
 
     @model_validator(mode="after")
     def _made_or_to_be_made(self) -> Self:
         usual = PlanSpec.model_construct()
-        told = ("candidates", "profile", "calls", "least", "budgets", "held_out", "threads")
-        changed = [key for key in told if getattr(self, key) != getattr(usual, key)]
+        changed = [key for key in _ASKED if getattr(self, key) != getattr(usual, key)]
         if self.path is not None and changed:
             raise ValueError(
                 f"the plan at path is made already: drop {changed[0]}, or drop path and run "
@@ -81,6 +94,10 @@ class PlanSpec(Section):
             )
         if self.each_kind and self.other_hardware:
             raise ValueError("each_kind is for plans of other hardware, too: drop other_hardware")
+        if self.end_to_end is True and self.least != "time":
+            raise ValueError(
+                "end_to_end: plans that run are told apart by time: write least: time, or drop it"
+            )
         if not self.candidates:
             raise ValueError("candidates: none: write default")
         counts = [one.tokens for one in self.calls]

@@ -212,7 +212,12 @@ def _measure(
         return
     for facts in told:
         print_plan_facts(facts)
-        for line in (facts["noise"], facts["errors"]):
+        for line in (
+            facts["noise"],
+            facts["noise_end_to_end"],
+            facts["times"],
+            facts["errors"],
+        ):
             if line:
                 say(line)
         say(f"{facts['plan']}, and in the store {facts['store']}")

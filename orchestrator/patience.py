@@ -32,6 +32,7 @@ from workers.tasks import (
     Keep,
     Load,
     Probe,
+    Prove,
     Publish,
     Quantize,
     Race,
@@ -136,7 +137,7 @@ def _comparable(plan: Plan, task: Task) -> tuple[Hashable, int] | None:  # noqa:
     match task:
         case Survey() | Probe() | Evaluate() | CopyOutside() | Sweep() | Account():
             return None
-        case Sense() | Diverge() | Race():
+        case Sense() | Diverge() | Race() | Prove():
             return None
         case Embed(chunks) | Hand(chunks) | Take(chunks) | Drop(chunks):
             return kind, _count(chunks)

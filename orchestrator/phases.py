@@ -5,13 +5,14 @@ the one with the most decides, for each phase by itself. Three places can hold t
 hidden states between blocks (workers/shelf.py); what is told is for one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from orchestrator.block import band_count
 from orchestrator.calibration import MOST_WAITING
 from orchestrator.sizes import FLOAT32, GIB, MIB, Sizes, weights_of
 from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.arena import SLAB_BYTES
+from workers.decoding import is_step
 from workers.plan import RUN_WEIGHTS, GroupPlan, Plan
 from workers.sources import AHEAD_BYTES
 from workers.transfers import MOST_SENT, PINNED_BYTES
@@ -274,6 +275,41 @@ def device_phases(sizes: Sizes, states_on: str) -> Phases:
         phases["round"] = _fitting(sizes)
     found = {phase: always | parts for phase, parts in phases.items()}
     return {phase: _with_crumbs(parts) for phase, parts in found.items()}
+
+
+def whole_model(sizes: Sizes, calls: Iterable[int], cache_tokens: int, copies: int) -> Phases:
+    """A model that runs whole in the compute dtype, called with these numbers of tokens.
+
+    Copies of what its calls hold are kept, but no weights beside its own. While it is read all is
+    on the host.
+    """
+    on_device = sizes.plan.contract.kind["device"] != "cpu"
+    item, hidden, calls = sizes.item, sizes.architecture.hidden_size, list(calls)
+    computing = sizes.model_computing // sizes.evaluation_item * item
+    widest = max(layer.in_features + layer.out_features for layer in sizes.plan.layers())
+    each_token = item * (4 * widest + 8 * hidden) + 4 * FLOAT32 * widest  # sums of 8-bit products
+    cached = cache_tokens * sum(tokens for tokens in calls if is_step(tokens))
+    logits = 4 * FLOAT32 * sizes.architecture.vocabulary
+    states = max(calls) * each_token + cached * _cached(sizes) + len(calls) * logits
+    host = {
+        "interpreter": _INTERPRETER + on_device * _DRIVER_LIBRARIES,
+        "libraries": _LIBRARIES_OF_EVALUATION,
+    }
+    running = {"model": computing, "states": copies * states}
+    phases = {
+        "read": {**host, "model": sizes.model + _if_cast(sizes, computing)},
+        "run": {"context": _CONTEXT, **running} if on_device else {**host, **running},
+    }
+    return {phase: _with_crumbs(parts) for phase, parts in phases.items()}
+
+
+def _cached(sizes: Sizes) -> int:
+    """Keys and values of one token."""
+    config = sizes.source.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or sizes.architecture.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * len(sizes.plan.blocks) * kept * width * sizes.item
 
 
 def _with_crumbs(parts: Parts) -> Parts:

@@ -5,10 +5,12 @@ from typing import Any
 
 from orchestrator.planned import Planned
 from orchestrator.to_plan import ToPlan
+from quantcore.autoquant import finalists
 from quantcore.autoquant.document import Plan, file_name, parse, written
 from quantcore.autoquant.options import noise
-from quantcore.autoquant.telling import errors_told, shown
+from quantcore.autoquant.telling import errors_told, shown, times_told
 from quantcore.errors import SpecError, StoreError
+from workers.layout import MEASUREMENTS
 from workers.store import open_file, open_store
 
 
@@ -47,6 +49,13 @@ def facts(plan: Plan, place: str, url: str) -> dict[str, Any]:
         "plan": str(Path(place)) if "://" not in place else place,
         "store": url,
         "errors": errors_told(plan),
+        "times": times_told(plan),
         "noise": noise(plan.measured),
+        "noise_end_to_end": _noise_end_to_end(plan),
         **shown(plan),
     }
+
+
+def _noise_end_to_end(plan: Plan) -> str | None:
+    warning = finalists.noise(plan.ends)
+    return warning and f"{warning}, once STORE/{MEASUREMENTS}/ends is deleted"

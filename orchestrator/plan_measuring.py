@@ -3,6 +3,7 @@
     errors that the store lacks -> by workers of the first kind, block by block
     for each kind: whole models' divergence, with a held-out text (plan_checking.py)
                    times that the store lacks -> by its workers, a shape at a time -> choose
+                   finalists' times end to end -> by one worker, if it has room (plan_proving.py)
 
 Workers start where something is missing, and not else. What was measured stands in the store once
 its task has ended, an error once its block has: whatever ends the command early, only what was
@@ -20,11 +21,14 @@ from orchestrator.checks import Prepared
 from orchestrator.executors import Executor, Result
 from orchestrator.loop import Observer, Observers, Summaries, Timings, execute
 from orchestrator.plan_checking import Checker
+from orchestrator.plan_proving import Prover
 from orchestrator.scheduler import Assignment
 from orchestrator.to_plan import Kind, ToPlan
 from quantcore.autoquant.asking import layers
 from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.document import Check, Plan
+from quantcore.autoquant.finalists import EFFORT as END_TO_END
+from quantcore.autoquant.finalists import Timed
 from quantcore.autoquant.front import front
 from quantcore.autoquant.measurements import HardwareKind, Measurements, Product, Timing, merged
 from quantcore.autoquant.options import Layer
@@ -43,7 +47,11 @@ _MOST_ROUNDS = 8  # of races: each asks only for what those before it left open
 
 
 def measured_plans(
-    job: ToPlan, start: StartWorkers, observer: Observer, effort: Effort
+    job: ToPlan,
+    start: StartWorkers,
+    observer: Observer,
+    effort: Effort,
+    end_to_end: Effort = END_TO_END,
 ) -> Iterator[Plan]:
     """Each kind's, in their order. Raises the error tree's errors; what was measured is kept."""
     errors: Errors | None = None
@@ -51,7 +59,7 @@ def measured_plans(
         fleet = _Fleet(kind, start, observer)
         try:
             errors = errors or _errors(job, fleet)
-            plan = _Planner(job, kind, fleet, effort).plan(errors)
+            plan = _Planner(job, kind, fleet, effort, end_to_end).plan(errors)
         finally:
             fleet.close()
         yield plan
@@ -85,6 +93,9 @@ class _Fleet:
     def ignored(self, line: str) -> None:
         """What the store has, and is no use."""
         self.observer.note("measurements ignored", why=line)
+
+    def left_out(self, line: str) -> None:
+        self.observer.note("left out", why=line)
 
     def close(self) -> None:
         if self._executor is not None:
@@ -152,6 +163,7 @@ class _Planner:
     kind: Kind
     fleet: _Fleet
     effort: Effort
+    end_to_end: Effort
 
     def plan(self, errors: Errors) -> Plan:
         job = self.job
@@ -169,17 +181,35 @@ class _Planner:
             objective=job.spec.quantization.planning.least,
             budgets=job.budgets,
             confirm=partial(checker.confirm, spots=spots) if job.held_out else None,
-            stage=None,
+            timed=self._timed(spots),
         ).chosen(found)
+        ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(
             hardware=self.kind.hardware,
             profile=job.profile,
             choice=outcome.choice,
-            front=front(found, job.budgets.num_bytes, outcome.choice.correction),
+            front=front(ordered, job.budgets.num_bytes, outcome.choice.correction),
             checks=(*checks, *([outcome.check] if outcome.check else [])),
-            measured=tuple(sorted(found, key=lambda layer: layer.name)),
+            ends=outcome.ends,
+            factors=outcome.factors,
+            measured=ordered,
             shapes={name: of for family in job.families for name, of in family.linears.items()},
         )
+
+    def _timed(self, spots: Sequence[Spot]) -> Timed | None:
+        stand = self.kind.stand
+        if isinstance(stand, str):
+            return None
+        return Prover(
+            job=self.job,
+            hardware=self.kind.hardware,
+            stand=stand,
+            layers={of.name: of.linears for of in spots},
+            effort=self.end_to_end,
+            do=partial(self.fleet.do, "prove"),
+            ignored=self.fleet.ignored,
+            left_out=self.fleet.left_out,
+        ).timed
 
     def _layers(self, spots: Sequence[Spot], factors: Mapping[Scheme, float]) -> list[Layer]:
         """To choose from, once all of them are timed."""

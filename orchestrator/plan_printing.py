@@ -25,7 +25,10 @@ def print_plan_facts(facts: dict[str, Any]) -> None:
         kept = "kept" if end["kept"] else "not kept"
         interval = f"{end['low_us']:.6g} to {end['high_us']:.6g}"
         measured = f"{end['measured_us']:.6g} us end to end ({interval})"
-        _line(f"{end['plan']}: {measured}, {kept}")
+        predicted = ""
+        if end["predicted_us"] is not None:
+            predicted = f", predicted {end['predicted_us']:.6g}"
+        _line(f"{end['plan']}: {measured}{predicted}, {kept}")
     for label, count in facts["linears"].items():
         _line(f"{count} linears {label}")
     front = Table("other budgets", *_FIGURES, box=None, pad_edge=False)
@@ -68,6 +71,8 @@ def print_explained(facts: dict[str, Any]) -> None:
     _table(table)
     if not facts["all_options"]:
         _line("what else was measured is not in this plan")
+    for kernel, factor in facts["factors"].items():
+        _line(f"times of {kernel} are {factor:.3g} of what was timed, as whole models ran")
     total = facts["totals"]
     _line(
         f"of {total['time_us']:.6g} us in all, {facts['share_of_time']:.1%}; "

@@ -104,8 +104,13 @@ def asked_otherwise(spec: JobSpec, plan: Plan) -> str | None:
     same = plan.profile.calls == calls if calls else plan.profile.name == planning.profile
     if not same:
         return "was made for another profile"
-    if bool(plan.checks) != (planning.held_out is not None):
-        return f"was made {'with' if plan.checks else 'without'} a held-out text"
+    whole = (
+        ("a held-out text", plan.checks, planning.held_out is not None),
+        ("plans run end to end", plan.ends, planning.end_to_end),
+    )
+    for what, told, asked in whole:
+        if asked not in {"auto", bool(told)}:
+            return f"was made {'with' if told else 'without'} {what}"
     offered = {option.candidate.scheme for layer in plan.measured for option in layer.options}
     left = offered - {None, *schemes_of(planning.candidates)}
     names = sorted(scheme.label() for scheme in left if scheme)

@@ -20,7 +20,7 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer
 from orchestrator.printing import probe_line
 from orchestrator.scheduler import Assignment
-from workers.tasks import Diverge, Evaluate, Probe, Race, Round, Sense, Settle, Survey
+from workers.tasks import Diverge, Evaluate, Probe, Prove, Race, Round, Sense, Settle, Survey
 
 _LABELS = {
     "probe": "trying the worst block",
@@ -30,9 +30,10 @@ _LABELS = {
     "sense": "measuring errors",
     "check": "checking whole models",
     "race": "timing",
+    "prove": "running whole models",
 }
 _PLAIN_EVERY_S = 10.0
-_STEPS = Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
+_STEPS = Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race | Prove
 
 
 class Watcher(Observer):
@@ -135,7 +136,7 @@ class Watcher(Observer):
             )
         elif event == "machine refused":
             self._say(f"{facts['machine']} takes no part: {facts['why']}")
-        elif event == "measurements ignored":
+        elif event in {"measurements ignored", "left out"}:
             self._say(facts["why"])
         elif event == "worker joined":
             self._say(f"worker {facts['worker']} has joined")
@@ -164,9 +165,7 @@ def _names(assignment: Assignment) -> dict[str, Any]:
 
 def _counts(assignment: Assignment) -> bool:
     """Whether a task is a step of its phase: a block, not the bookkeeping around it."""
-    return isinstance(
-        assignment.task, Probe | Survey | Settle | Round | Evaluate | Sense | Diverge | Race
-    )
+    return isinstance(assignment.task, _STEPS)
 
 
 def _clock(seconds: float) -> str:

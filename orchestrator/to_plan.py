@@ -6,7 +6,6 @@ part. A scheme does if the job's format holds it, beside those named before it, 
 rounding knows it.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +17,8 @@ from jobs.spec import EvaluationSpec, JobSpec
 from orchestrator.checks import Look, Prepared, look_here, prepare, read_job
 from orchestrator.identity import stored_job
 from orchestrator.machines import choose_fleet
+from orchestrator.plan_keys import errors_key, model_key
+from orchestrator.plan_room import Stand, stand_of
 from orchestrator.planned import artifact_name
 from orchestrator.team import Team
 from quantcore.autoquant.candidates import Candidate, schemes_of
@@ -32,13 +33,10 @@ from quantcore.formats import FORMATS
 from quantcore.joining import TOGETHER
 from quantcore.schemes import Scheme
 from workers.calibration import encode
-from workers.layout import dump
 from workers.machine import Machine
-from workers.plan import SAMPLE_TOKENS, GroupPlan, LayerPlan, Plan
-from workers.sensing import SEQUENCES
+from workers.plan import GroupPlan, LayerPlan, Plan
 from workers.store import open_store
 
-_SENSED_VERSION = 1  # raised by hand whenever errors of the same would be others
 _HELD_OUT_WINDOWS, _HELD_OUT_TOKENS, _HELD_OUT_CHARACTERS = 4, 512, 200_000
 
 
@@ -58,6 +56,7 @@ class Kind:
     device: str
     prepared: Prepared
     offered: tuple[tuple[Candidate, ...], ...]  # by family
+    stand: Stand | str  # how whole models run on it, or why none does
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +68,7 @@ class ToPlan:
     budgets: Budgets
     dtype: str
     key: str  # of all that errors are measured on
+    model_key: str  # of what whole models are run of
     blocks: dict[str, int]  # by linear
     held_out: tuple[tuple[int, ...], ...]  # token ids; none: no whole model is checked
     notes: tuple[str, ...]
@@ -97,7 +97,8 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
     held_out = _held_out(spec, prepared)
     families = _families(prepared.plan, spec, schemes)
     dtype = prepared.plan.contract.compute_dtype
-    kinds = _kinds(spec, prepared, families, dtype)
+    profile = _profile(spec, prepared.plan)
+    kinds = _kinds(spec, prepared, families, dtype, profile)
     _refuse_namesakes(kinds)
     _refuse_followed(spec, kinds)
     _refuse_too_few_bytes(spec, families, kinds, dtype)
@@ -106,19 +107,25 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
         spec=spec,
         families=families,
         kinds=kinds,
-        profile=_profile(spec, prepared.plan),
+        profile=profile,
         budgets=Budgets(
             num_bytes=budgets.num_bytes(), error=budgets.error, time_us=budgets.time_us
         ),
         dtype=dtype,
-        key=_key(prepared),
+        key=errors_key(prepared),
+        model_key=model_key(prepared),
         blocks={
             layer.name: number
             for number, block in enumerate(prepared.plan.blocks)
             for layer in block.quantized()
         },
         held_out=held_out,
-        notes=(*notes, *prepared.admitted.notes, *_passed_over(spec, kinds, machines)),
+        notes=(
+            *notes,
+            *prepared.admitted.notes,
+            *_passed_over(spec, kinds, machines),
+            *dict.fromkeys(k.stand for k in kinds if isinstance(k.stand, str) and k.stand),
+        ),
     )
 
 
@@ -266,18 +273,23 @@ def _family(members: list[LayerPlan], spec: JobSpec, schemes: Sequence[Scheme]) 
 
 
 def _kinds(
-    spec: JobSpec, prepared: Prepared, families: Sequence[Family], dtype: str
+    spec: JobSpec, prepared: Prepared, families: Sequence[Family], dtype: str, profile: Profile
 ) -> tuple[Kind, ...]:
     """Those that times know apart: workers may differ in more, which decides bits alone."""
     found: dict[HardwareKind, Kind] = {}
     for number in range(len(prepared.team.parts)):
-        kind = _kind(spec, prepared, families, dtype, number)
+        kind = _kind(spec, prepared, families, dtype, profile, number)
         found.setdefault(kind.hardware, kind)
     return tuple(found.values())
 
 
 def _kind(
-    spec: JobSpec, prepared: Prepared, families: Sequence[Family], dtype: str, number: int
+    spec: JobSpec,
+    prepared: Prepared,
+    families: Sequence[Family],
+    dtype: str,
+    profile: Profile,
+    number: int,
 ) -> Kind:
     chosen, admitted = prepared.team.parts[number]
     workers = min(admitted.prediction.workers, spec.workers.count or admitted.prediction.workers)
@@ -298,7 +310,8 @@ def _kind(
             found[shapes, family.schemes] = of
         offered.append(found[shapes, family.schemes])
     hardware = HardwareKind.of(chosen.kind, threads=threads if chosen.device == "cpu" else 0)
-    return Kind(hardware, chosen.device, alone, tuple(offered))
+    stand = stand_of(spec, alone, chosen, admitted, profile)
+    return Kind(hardware, chosen.device, alone, tuple(offered), stand)
 
 
 def _refuse_namesakes(kinds: Sequence[Kind]) -> None:
@@ -362,22 +375,3 @@ def _profile(spec: JobSpec, plan: Plan) -> Profile:
     whole, rest = divmod(plan.calibration.sequences, size)
     calls: dict[int, float] = {size * length: whole} if whole else {}
     return Profile(name="recorded", calls=calls | ({rest * length: 1} if rest else {}))
-
-
-def _key(prepared: Prepared) -> str:
-    """By what is cheap to know of a model: to hash its files would take longer than to choose."""
-    plan, source = prepared.plan, prepared.source
-    path = Path(plan.model_path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    tensors = source.tensors
-    told = {
-        "version": _SENSED_VERSION,
-        "tensors": [[n, str(tensors[n].dtype), list(tensors[n].shape)] for n in sorted(tensors)],
-        "files": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "content": source.version,
-        "dtypes": [plan.gguf_dtype, plan.contract.compute_dtype],
-        "texts": prepared.tokens_digest,
-        "statistics": prepared.statistics and prepared.statistics.digest,
-        "sample": [SEQUENCES, SAMPLE_TOKENS],
-    }
-    return hashlib.sha256(dump(told)).hexdigest()[:16]

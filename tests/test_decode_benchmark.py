@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks import decode
 from tests.benchmarks.decode import ROWS, Row, measure, random_model, run, table
-from tests.benchmarks.decoding import Decoder
+from workers.decoding import Decoder
 
 OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=None, apart=False)
 

@@ -33,6 +33,8 @@ def test_a_gpu_is_planned_from_yaml_and_followed(
     assert plan.hardware.driver
     layouts = {option.candidate.layout for layer in plan.measured for option in layer.options}
     assert "triton_tiled" in layouts
+    assert {"dense", "chosen by prediction"} <= {end.plan for end in plan.ends}
+    assert sum(end.kept for end in plan.ends) == 1
     assert quantfleet("run", job, "--in-process").code == 0
     again = quantfleet("plan", "show", facts["store"], "--json")
     assert json.loads(again.out)["totals"]["num_bytes"] <= 150 << 10

@@ -113,6 +113,7 @@ def test_a_plan_for_what_the_job_asks_no_more_is_refused(
         ({"least": "error"}, "has the least time, not the least error"),
         ({"profile": "mix"}, "was made for another profile"),
         ({"held_out": "a.txt"}, "was made without a held-out text"),
+        ({"end_to_end": False}, "was made with plans run end to end"),
         ({"candidates": ["int4"]}, "has other candidates, as int8 sym channel"),
         ({"threads": 7}, "was made for 1 threads of a CPU, not for 7"),
     ):

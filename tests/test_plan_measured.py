@@ -66,6 +66,8 @@ def test_a_job_is_planned_from_yaml_and_followed_by_run(
     fitting = {of["label"]: of["fits"] for of in facts["uniforms"]}
     assert not fitting["dense"]
     assert facts["errors"].endswith("no whole model was checked")
+    assert facts["times"].startswith("the whole model was run end to end: ")
+    assert [end.plan for end in plan.ends if end.kept and end.low_us > 0]
 
     report = run_here(job).report
     schemes = {line["layer"]: line["scheme"] for line in report["layers"]}
@@ -83,7 +85,7 @@ def test_nothing_is_measured_twice(job_to_plan: PlanJob) -> None:
         measured_plans(check_to_plan(job_to_plan("b")), refuse_to_start, Observer(), EFFORT)
     )
     assert again == [first]
-    other = {"budgets": {"error": 0.001}, "least": "time"}
+    other = {"budgets": {"error": 0.001}, "least": "time", "end_to_end": False}
     (budgeted,) = measured_plans(
         check_to_plan(job_to_plan("c", **other)), refuse_to_start, Observer(), EFFORT
     )
@@ -91,7 +93,7 @@ def test_nothing_is_measured_twice(job_to_plan: PlanJob) -> None:
 
     asked = Asked()
     made(check_to_plan(job_to_plan("d", candidates=["default", "int4"])), asked)
-    (sensed, *races) = asked.tasks
+    (sensed, *races, _) = asked.tasks
     assert {s.name for of in sensed.wanted.values() for s in of} == {"int4", "int8_dynamic_int4"}
     for race in races:
         assert {product.candidate.scheme for product in race.known} >= {None, DYNAMIC}

@@ -47,26 +47,31 @@ def start(prepared):
     wanted = Wanted(devices=prepared.team.devices, cpus=1)
     return RayExecutor(prepared.plan, wanted, embedded(cpus=1, gpus=0))
 
-(plan,) = measured_plans(check_to_plan(Path(sys.argv[1])), start, Watch(), Effort(seconds=0.02))
+job, short = check_to_plan(Path(sys.argv[1])), Effort(seconds=0.02)
+(plan,) = measured_plans(job, start, Watch(), short, short)
 facts["linears"] = len(plan.labels())
+facts["kept"] = [end.plan for end in plan.ends if end.kept]
 facts["options"] = sorted({option.label for layer in plan.measured for option in layer.options})
 print(json.dumps(facts))
 """
 
 
 def test_a_killed_worker_costs_its_task_and_no_more(job_file: Callable[..., Path]) -> None:
-    """It is killed twice: while errors are measured, and during the first race."""
+    """It is killed while errors are measured, during the first race, and when whole models run."""
     planned = {"calls": [{"tokens": 1}]}
     job = job_file(quantization={"method": "plan", "plan": planned}, compute_dtype="bfloat16")
     command = [sys.executable, "-c", _SCRIPT, str(job)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["killed"] == ["sense", "race"]
-    assert facts["lost"] == 2
+    assert facts["killed"] == ["sense", "race", "prove"]
+    assert facts["lost"] == 3
     tasks = facts["tasks"]
     assert tasks[:2] == ["sense/0", "sense/0~2"]
-    assert len(tasks) == 2 + 4 + 1, "four shapes, one of them once more"
+    assert sum(task.startswith("race/") for task in tasks) == 4 + 1, "a shape of four once more"
+    proofs = [task for task in tasks if task.startswith("prove/")]
+    assert proofs[1] == f"{proofs[0]}~2"
+    assert len(facts["kept"]) == 1
     assert facts["linears"] == 21
     assert "dense" in facts["options"]
 
@@ -97,6 +102,8 @@ def test_nodes_of_two_kinds_are_each_timed_and_each_has_its_artifact(
         kinds = {plan.hardware.instructions for plan in plans}
         assert len(kinds) == 2 and "DEFAULT" in kinds
         assert len({plan.choice.totals.time_us for plan in plans}) == 2, "each has its own times"
+        ran = [{end.measured_us for end in plan.ends} for plan in plans]
+        assert all(ran) and not ran[0] & ran[1], "each runs whole models of its own"
         again = finish(start("plan", job, *address, "--json", "--log-file", tmp_path / "2.jsonl"))
         assert (again.code, _events(tmp_path / "2.jsonl", "workers starting")) == (0, 0)
         assert [parse(place.read_text()) for place in places] == plans

@@ -41,7 +41,7 @@ def diverge(
         for name, scheme in schemes.items()
         if scheme.static
     }
-    recorder = _recorded(model, plan, static, device) if static else None
+    recorder = recorded(model, plan, static, device) if static else None
     found = {}
     for number, (variant, schemes) in enumerate(task.variants.items(), start=1):
         with undone(model, schemes):
@@ -63,7 +63,7 @@ def _has(schemes: dict[str, Scheme], scheme: Scheme, name: str, _module: nn.Modu
     return schemes.get(name) == scheme
 
 
-def _recorded(
+def recorded(
     model: nn.Module, plan: Plan, linears: set[str], device: torch.device
 ) -> Mapping[str, InputStatistics]:
     """What static schemes find their scales in."""

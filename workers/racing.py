@@ -19,21 +19,22 @@ from workers.tasks import Race
 
 def race(device: torch.device, task: Race) -> dict[Product, Timing]:
     """What was not known. Raises ResourceError where this is not the kind that was asked."""
-    here = HardwareKind.of(hardware_kind(device.type), threads=task.hardware.threads)
-    if here != task.hardware:
-        raise ResourceError(
-            f"times were asked of {task.hardware.label()}, and this is {here.label()}: start "
-            "workers with the quantfleet and torch of the command"
-        )
-    with _as_served(task.hardware.threads):
+    with as_served(device, task.hardware):
         _, new = measured(task.spots, task.factors, task.known, Bench(device.type), task.effort)
     return new
 
 
 @contextlib.contextmanager
-def _as_served(threads: int) -> Iterator[None]:
+def as_served(device: torch.device, asked: HardwareKind) -> Iterator[None]:
+    """Raises ResourceError where this is not the kind that was asked."""
+    here = HardwareKind.of(hardware_kind(device.type), threads=asked.threads)
+    if here != asked:
+        raise ResourceError(
+            f"times were asked of {asked.label()}, and this is {here.label()}: start workers with "
+            "the quantfleet and torch of the command"
+        )
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads or before[0])
+    torch.set_num_threads(asked.threads or before[0])
     torch.use_deterministic_algorithms(False)
     try:
         yield

@@ -238,6 +238,19 @@ class Race:
 
 
 @dataclass(frozen=True, slots=True)
+class Prove:
+    """Run the whole model end to end under a few plans, by turns, on this kind of hardware."""
+
+    hardware: "HardwareKind"
+    layers: Mapping[str, tuple[str, ...]]  # their linears, which take one choice
+    plans: tuple[Mapping[str, str], ...]  # by layer, the label of what it takes
+    calls: Mapping[int, float]  # how often with so many tokens
+    cache_tokens: int  # of a step
+    longest: int  # tokens of a prompt's sequence
+    effort: "Effort"
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """Tell what of the time spent was not told yet; a device is waited for (see clock.py)."""
 
@@ -267,6 +280,7 @@ Task = (
     | Sense
     | Diverge
     | Race
+    | Prove
     | Account
 )
 

@@ -53,6 +53,7 @@ from workers.tasks import (
     Load,
     Outcome,
     Probe,
+    Prove,
     Publish,
     Quantize,
     Race,
@@ -211,7 +212,7 @@ class Worker:
                 return self._put(epoch, OUTSIDE, encoded, self._model.outside_tensors())
             case Evaluate():
                 return self._evaluate(task)
-            case Sense() | Diverge() | Race():
+            case Sense() | Diverge() | Race() | Prove():
                 return self._measure(task)
             case Account():
                 return Outcome()
@@ -376,7 +377,7 @@ class Worker:
             parts.append(pack(task.last, hidden))
         return Outcome({}, tuple(parts))
 
-    def _measure(self, task: Sense | Diverge | Race) -> Outcome:
+    def _measure(self, task: Sense | Diverge | Race | Prove) -> Outcome:
         """For a plan."""
         from workers.measuring import measure  # and scipy: a second, which jobs do without
 

@@ -24,13 +24,14 @@ from quantcore.autoquant.confirming import Confirm, confirmed
 from quantcore.autoquant.document import Check, End
 from quantcore.autoquant.finalists import (
     Finalist,
-    Stage,
+    Timed,
     ends,
     factors,
     kept,
     near,
     scaled,
 )
+from quantcore.autoquant.measurements import Timing
 from quantcore.autoquant.options import Layer
 from quantcore.autoquant.program import keeps
 
@@ -51,11 +52,11 @@ class Chooser:
     objective: Objective
     budgets: Budgets
     confirm: Confirm | None  # None: no held-out inputs
-    stage: Stage | None  # None: nothing runs end to end
+    timed: Timed | None  # None: nothing runs end to end
 
     def chosen(self, layers: Sequence[Layer]) -> Outcome:
         first = self._confirmed(layers, 1.0)
-        return first if self.stage is None else self._proven(first, self.stage)
+        return first if self.timed is None else self._proven(first, self.timed)
 
     def _confirmed(self, layers: Sequence[Layer], correction: float) -> Outcome:
         if self.confirm is None:
@@ -64,9 +65,10 @@ class Chooser:
         choice, check = confirmed(layers, self.objective, self.budgets, self.confirm, correction)
         return Outcome(choice=choice, layers=layers, check=check)
 
-    def _proven(self, first: Outcome, stage: Stage) -> Outcome:
-        finalists = near(_finalist(PREDICTED, first.choice), _uniforms(first))
-        found = ends(finalists, stage.timed(finalists), {})
+    def _proven(self, first: Outcome, timed: Timed) -> Outcome:
+        candidates = near(_finalist(PREDICTED, first.choice), _uniforms(first))
+        finalists, timings = _ran(candidates, timed)
+        found = ends(finalists, timings, {})
         learned = factors(first.layers, finalists, found)
         again = self._confirmed(scaled(first.layers, learned), first.choice.correction)
         other = _finalist(CORRECTED, again.choice)
@@ -75,8 +77,7 @@ class Chooser:
             rest_us = found[PREDICTED].predicted_us
             if rest_us is not None:
                 rest_us += other.time_us - finalists[0].time_us
-            timings = stage.timed([other, beside])
-            found = ends([other, beside], timings, found)
+            found = ends(*_ran([other, beside], timed), found)
             found[CORRECTED] = replace(found[CORRECTED], predicted_us=rest_us)
             finalists = [other, *finalists]
         corrections = {PREDICTED: first.choice.correction, CORRECTED: again.choice.correction}
@@ -99,12 +100,19 @@ class Chooser:
         raise AssertionError("both that were chosen keep their budget, as was measured")
 
 
+def _ran(finalists: Sequence[Finalist], timed: Timed) -> tuple[list[Finalist], list[Timing]]:
+    pairs = zip(finalists, timed(finalists), strict=True)
+    ran = [(finalist, timing) for finalist, timing in pairs if timing is not None]
+    return [finalist for finalist, _ in ran], [timing for _, timing in ran]
+
+
 def _finalist(plan: str, choice: Choice) -> Finalist:
     return Finalist(
         plan=plan,
         labels={layer.layer: layer.option.label for layer in choice.layers},
         time_us=choice.totals.time_us,
         error=choice.totals.error,
+        num_bytes=choice.totals.num_bytes,
     )
 
 
@@ -115,6 +123,7 @@ def _uniforms(outcome: Outcome) -> list[Finalist]:
             labels=uniform_labels(outcome.layers, uniform.label),
             time_us=uniform.totals.time_us,
             error=uniform.totals.error,
+            num_bytes=uniform.totals.num_bytes,
             fits=uniform.fits,
         )
         for uniform in outcome.choice.uniforms

@@ -14,10 +14,13 @@ of the plans that take this kernel alone beside dense weights. A kernel is told 
 layout: groups and zero points share it, so that those that tie go on to tie.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -29,18 +32,22 @@ from quantcore.autoquant.measurements import Timing
 from quantcore.autoquant.options import Layer, Option, Time
 from quantcore.autoquant.race import Contender, Effort, Stopwatch, race
 from quantcore.autoquant.swapping import join, swap
-from quantcore.recorder import Recorder
+from quantcore.recorder import InputStatistics
 
 # Of a model as a plan leaves it, what is timed: it does once what the profile says
 Prepare = Callable[[nn.Module], Callable[[], object]]
+# The same by number of tokens, each timed for itself
+PrepareEach = Callable[[nn.Module], Mapping[int, Callable[[], object]]]
 Labels = Mapping[str, str]  # by layer
 
 EFFORT = Effort(spread=0.01, seconds=4.0, round_repeats=2)
 _FEWEST = 6  # repeats, however long one takes: with fewer nothing bounds a median
 _LONG_US = 1e5  # what ran before does not show in as much
 _MOST_UNIFORMS = 3
+MOST = 2 + _MOST_UNIFORMS  # that run in one's turn: with the chosen plan and the dense model
 _NEAR = 0.2  # of a plan's time: predictions were never off by as much
 _TIE = 0.02  # however wide intervals are
+_WIDE = 0.1  # of an interval, as a share of its time
 _MOST_SCALED = 2.0  # a kernel's factor, or its inverse: what is further off is another fault
 
 
@@ -50,17 +57,25 @@ class Finalist:
     labels: Labels
     time_us: float  # of its linears, predicted
     error: float
+    num_bytes: int = 0  # of its linears
     fits: bool = True
+
+
+class Timed(Protocol):
+    """Finalists run by turns; None of one that there was no room for, which the first two never
+    are."""
+
+    def __call__(self, finalists: Sequence[Finalist], /) -> Sequence[Timing | None]: ...
 
 
 @dataclass(slots=True)
 class _Dressed:
-    """What stands in the model's places under one plan, and how it runs."""
+    """What stands in the model's places under one plan, and how it runs, by number of tokens."""
 
     linears: Mapping[str, nn.Module]
     weights: Mapping[str, nn.Parameter]
-    run: Callable[[], object] = lambda: None
-    took_us: float = 0.0
+    runs: Mapping[int, Callable[[], object]] = field(default_factory=dict)
+    took_us: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -70,36 +85,41 @@ class Stage:
     model: nn.Module
     layers: Mapping[str, Sequence[str]]  # their linears
     joined: Sequence[Sequence[str]]
-    recorder: Recorder | None
-    prepare: Prepare
+    recorder: Mapping[str, InputStatistics] | None
+    prepare: PrepareEach
+    calls: Mapping[int, float]  # how often each of what it gives is run, by number of tokens
     effort: Effort = EFFORT
     _known: dict[tuple[str, ...], _Dressed] = field(default_factory=dict)
 
     def timed(self, finalists: Sequence[Finalist]) -> list[Timing]:
+        return self.timed_as([finalist.labels for finalist in finalists])
+
+    def timed_as(self, plans: Sequence[Labels]) -> list[Timing]:
         names = [name for of in self.layers.values() for name in of]
         with undone(self.model, names):
-            watches = [self._watch(finalist) for finalist in finalists]
-            first_us = [watch(1)[0] for watch in watches]
+            watches = [self._watches(labels) for labels in plans]
+            first_us = [watch(1)[0] for of in watches for watch in of.values()]
             seconds = max(self.effort.seconds, _FEWEST * max(first_us) / 1e6)
-            contenders = [Contender({1: watch}, (), {}) for watch in watches]
-            found = race(contenders, {1: 1.0}, replace(self.effort, seconds=seconds))
-        return [timings[1] for timings in found]
+            contenders = [Contender(of, (), {}) for of in watches]
+            found = race(contenders, self.calls, replace(self.effort, seconds=seconds))
+        return [_of_all(timings, self.calls) for timings in found]
 
-    def _watch(self, finalist: Finalist) -> Stopwatch:
-        key = tuple(finalist.labels[layer] for layer in self.layers)
+    def _watches(self, labels: Labels) -> dict[int, Stopwatch]:
+        key = tuple(labels[layer] for layer in self.layers)
         if key not in self._known:
-            self._known[key] = self._dressed(finalist.labels)
+            self._known[key] = self._dressed(labels)
         dressed = self._known[key]
 
-        def watch(repeats: int) -> list[float]:
+        def watch(tokens: int, repeats: int) -> list[float]:
             self._place(dressed)
-            if dressed.took_us < _LONG_US:
-                dressed.run()  # after others' turn
-            times = [_microseconds(dressed.run) for _ in range(repeats)]
-            dressed.took_us = times[-1]
+            run = dressed.runs[tokens]
+            if dressed.took_us.get(tokens, 0.0) < _LONG_US:
+                run()  # after others' turn
+            times = [_microseconds(run) for _ in range(repeats)]
+            dressed.took_us[tokens] = times[-1]
             return times
 
-        return watch
+        return {tokens: partial(watch, tokens) for tokens in self.calls}
 
     def _dressed(self, labels: Labels) -> _Dressed:
         names = [name for of in self.layers.values() for name in of]
@@ -113,7 +133,7 @@ class Stage:
                     del weights[name]  # it is in the joined one, and no memory is held twice
             linears = {name: self.model.get_submodule(name) for name in names}
             dressed = _Dressed(linears, weights)  # type: ignore[arg-type]
-            dressed.run = self.prepare(self.model)
+            dressed.runs = self.prepare(self.model)
         return dressed
 
     def _place(self, dressed: _Dressed) -> None:
@@ -121,6 +141,21 @@ class Stage:
             place(self.model, name, linear)
         for name, weight in dressed.weights.items():
             dressed.linears[name].weight = weight
+
+
+def _of_all(timings: Mapping[int, Timing], calls: Mapping[int, float]) -> Timing:
+    """Of a whole profile: medians add up, and so do both ends of their intervals."""
+
+    def total(us: Callable[[Timing], float]) -> float:
+        return math.fsum(times * us(timings[tokens]) for tokens, times in calls.items())
+
+    return Timing(
+        median_us=total(lambda of: of.median_us),
+        low_us=total(lambda of: of.low_us),
+        high_us=total(lambda of: of.high_us),
+        repeats=min(of.repeats for of in timings.values()),
+        stopped_early=any(of.stopped_early for of in timings.values()),
+    )
 
 
 def _microseconds(run: Callable[[], object]) -> float:
@@ -184,6 +219,18 @@ def kept(finalists: Sequence[Finalist], found: Mapping[str, End]) -> list[Finali
         return not ties, not (ties and is_chosen), finalist.error if ties else 0, end.measured_us
 
     return sorted(fitting, key=order)
+
+
+def noise(found: Iterable[End]) -> str | None:
+    """A warning where what is kept is known too little to be kept for its time."""
+    for end in found:
+        spread = (end.high_us - end.low_us) / end.measured_us
+        if end.kept and spread > _WIDE:
+            return (
+                f"times of whole models are uncertain: {end.plan} is known to {spread:.0%} of its "
+                "time: run them again where nothing else runs"
+            )
+    return None
 
 
 def factors(

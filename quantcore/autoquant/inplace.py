@@ -26,13 +26,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from quantcore.autoquant import finalists
 from quantcore.autoquant.candidates import schemes_of
 from quantcore.autoquant.choice import Budgets, Choice, Objective
 from quantcore.autoquant.choosing import Chooser
 from quantcore.autoquant.costs import checked, measured, refuse_apart, spots_of
 from quantcore.autoquant.divergence import HeldOut, undone
 from quantcore.autoquant.document import CHOSEN, Check, Plan
-from quantcore.autoquant.finalists import Prepare, Stage
+from quantcore.autoquant.finalists import Prepare, Stage, Timed
 from quantcore.autoquant.findings import Findings, Known
 from quantcore.autoquant.front import front
 from quantcore.autoquant.hardware import hardware_here
@@ -185,9 +186,9 @@ class Autoquant:
             objective=self._objective,
             budgets=self._budgets,
             confirm=confirm if self._held_out else None,
-            stage=self._stage(spots),
+            timed=self._timed(spots),
         ).chosen(layers)
-        self.warnings = tuple(filter(None, [noise(layers)]))
+        self.warnings = tuple(filter(None, [noise(layers), finalists.noise(outcome.ends)]))
         ordered = tuple(sorted(outcome.layers, key=lambda layer: layer.name))
         return Plan(
             hardware=self._hardware,
@@ -204,16 +205,18 @@ class Autoquant:
             },
         )
 
-    def _stage(self, spots: Sequence[Spot]) -> Stage | None:
-        if self._run is None:
+    def _timed(self, spots: Sequence[Spot]) -> Timed | None:
+        run = self._recorded.again if self._run == RECORDED else self._run
+        if run is None:
             return None
         return Stage(
             model=self._model,
             layers={spot.name: spot.linears for spot in spots},
             joined=self._joined,
             recorder=self._recorder,
-            prepare=self._recorded.again if self._run == RECORDED else self._run,
-        )
+            prepare=lambda model: {1: run(model)},
+            calls={1: 1.0},  # all of the profile's, at once
+        ).timed
 
     def _check(
         self,

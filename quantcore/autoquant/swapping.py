@@ -16,7 +16,7 @@ from quantcore.errors import QuantizationError
 from quantcore.inductor import recommended_inductor_settings
 from quantcore.joining import join_linears
 from quantcore.quantize import quantize_
-from quantcore.recorder import Recorder
+from quantcore.recorder import InputStatistics
 from quantcore.tensors import QuantizedTensor, relayout
 
 
@@ -24,7 +24,7 @@ def restore(
     model: nn.Module,
     plan: Plan,
     *,
-    recorder: Recorder | None = None,
+    recorder: Mapping[str, InputStatistics] | None = None,
     join: bool = False,
     hardware: HardwareKind | None = None,
     other_hardware: bool = False,
@@ -73,7 +73,9 @@ def relay(
     _finish(model, plan, join)
 
 
-def swap(model: nn.Module, labels: Mapping[str, str], recorder: Recorder | None) -> None:
+def swap(
+    model: nn.Module, labels: Mapping[str, str], recorder: Mapping[str, InputStatistics] | None
+) -> None:
     """By linear, what it becomes. All or nothing: a candidate that fails leaves the model dense."""
     taking: dict[Candidate, set[str]] = {}
     for name, label in labels.items():

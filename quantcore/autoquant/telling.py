@@ -14,6 +14,7 @@ from typing import Any
 
 from quantcore.autoquant.choice import Budgets, Chosen
 from quantcore.autoquant.document import Plan
+from quantcore.autoquant.finalists import kernel_of
 from quantcore.autoquant.options import Option, Profile
 from quantcore.autoquant.program import keeps
 from quantcore.errors import SpecError
@@ -42,6 +43,18 @@ def errors_told(plan: Plan) -> str:
     if plan.checks:
         return "errors are in nats a token, by a check of the whole model"
     return "errors are the linears' relative ones, added up: no whole model was checked"
+
+
+def times_told(plan: Plan) -> str:
+    """What its times are, and how far they were off."""
+    kept = next((end for end in plan.ends if end.kept), None)
+    if kept is None:
+        return "times are the linears' own, added up: nothing of this plan was run end to end"
+    took = f"the whole model was run end to end: {kept.measured_us:.6g} us"
+    if kept.predicted_us is None:
+        return took
+    off = kept.predicted_us / kept.measured_us - 1
+    return f"{took}, predicted as {kept.predicted_us:.6g} ({off:+.1%})"
 
 
 def compared(one: Plan, other: Plan) -> Facts:
@@ -107,6 +120,11 @@ def explained(plan: Plan, name: str) -> Facts:
             for option in in_order
         ],
         "all_options": bool(plan.measured),
+        "factors": {
+            kernel: plan.factors[kernel]
+            for kernel in dict.fromkeys(kernel_of(option.label) for option in in_order)
+            if kernel in plan.factors
+        },
         "runner_up": None if second is None else asdict(second),
         "ties": list(chosen.ties),
     }

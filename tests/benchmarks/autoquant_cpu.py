@@ -46,8 +46,8 @@ from quantcore.joining import join_linears, joinable
 from quantcore.quantize import linears_of, quantize_
 from quantcore.schemes import Scheme
 from tests.benchmarks.decode import linear_bytes
-from tests.benchmarks.decoding import Decoder
 from tests.benchmarks.plan_runs import runner
+from workers.decoding import Decoder
 from workers.kind import hardware_kind
 from workers.loading import load
 

@@ -42,8 +42,8 @@ from quantcore.recorder import Recorder
 from quantcore.schemes import SCHEME_KINDS, resolve_scheme
 from quantcore.tensors import Layout, QuantizedTensor
 from tests.benchmarks.block_costs import SHAPES
-from tests.benchmarks.decoding import Decoder, captured
 from tests.benchmarks.perplexity import perplexity
+from workers.decoding import Decoder, captured
 from workers.fusing import fuse
 from workers.kind import hardware_kind
 from workers.loading import load
@@ -136,7 +136,9 @@ def measure(
     decoder.begin(ids_BT)
     taken = [first, *(decoder.step().clone() for _ in range(options.tokens - 1))]
     continuation = torch.cat(taken, dim=1)[0].tolist()
-    prompt = captured(lambda: model(ids_BT, use_cache=False, logits_to_keep=1).logits)
+    prompt = captured(
+        lambda: model(ids_BT, use_cache=False, logits_to_keep=1).logits, ids_BT.device
+    )
     prefill = [timed(prompt, kind) for _ in range(options.repeats + 1)][1:]
     peak_bytes = torch.cuda.max_memory_allocated() if kind == "cuda" else None
     steps_per_s = sorted((options.tokens - 1) / duration for duration in seconds)

@@ -24,10 +24,9 @@ from quantcore.joining import join_linears
 from quantcore.quantize import linears_of
 from quantcore.recorder import Recorder
 from tests.benchmarks.decode import linear_bytes
-from tests.benchmarks.decoding import Decoder, captured
+from workers.decoding import call
 
 FREE = Budgets()
-_DECODED = 16  # as many tokens a call or fewer are a step of so many sequences
 
 
 class Careful(Bench):
@@ -120,36 +119,12 @@ def runner(profile: Profile, options: argparse.Namespace) -> Prepare:
     """All calls of a profile, once."""
 
     def prepared(model: nn.Module) -> Callable[[], object]:
-        parts = [_part(model, tokens, round(n), options) for tokens, n in profile.calls.items()]
-        return lambda: [part() for part in parts]
+        parts = [
+            (call(model, tokens, options.cache), round(n)) for tokens, n in profile.calls.items()
+        ]
+        return lambda: [one() for one, times in parts for _ in range(times)]
 
     return prepared
-
-
-def _part(
-    model: nn.Module, tokens: int, calls: int, options: argparse.Namespace
-) -> Callable[[], object]:
-    device = next(model.parameters()).device
-    if tokens > _DECODED:
-        draw = torch.Generator(device).manual_seed(0)  # products of equal rows take less power
-        words = model.config.vocab_size  # type: ignore[union-attr]
-        prompt_BT = torch.randint(words, (1, tokens), generator=draw, device=device)
-        prompt = captured(lambda: model(prompt_BT, use_cache=False, logits_to_keep=1).logits)
-        return lambda: [prompt() for _ in range(calls)]
-    decoder = Decoder(model, tokens, options.cache)
-    ids_BT = torch.ones(tokens, 4, dtype=torch.long, device=device)
-    decoder.capture(ids_BT)
-    left = [0]  # of the cache
-
-    def steps() -> None:
-        for _ in range(calls):
-            if not left[0]:
-                decoder.begin(ids_BT)
-                left[0] = options.cache - ids_BT.shape[1] - 1
-            decoder.step()
-            left[0] -= 1
-
-    return steps
 
 
 def _ms(run: Callable[[], object]) -> float:

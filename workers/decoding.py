@@ -1,10 +1,57 @@
-"""Steps and prompts of a model as servers run them: replays of CUDA graphs."""
+"""Steps and prompts of a model as servers run them: on a GPU, replays of CUDA graphs.
+
+Up to 16 tokens a call are a step of so many sequences, out of a static cache; more are a prompt.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from quantkernels.graphs import capturing
-from torch import Tensor, nn
+from torch import Tensor
+
+_MOST_SEQUENCES = 16  # of a step
+_BEGUN = 4  # tokens of each sequence that a cache begins with
+
+
+def is_step(tokens: int) -> bool:
+    return tokens <= _MOST_SEQUENCES
+
+
+def call(
+    model: Any, tokens: int, cache_tokens: int, longest: int | None = None
+) -> Callable[[], object]:
+    """One call of a model with so many tokens.
+
+    A step's cache has `cache_tokens` places for each sequence. A prompt of more tokens than
+    `longest` comes as several of one length.
+    """
+    device = next(model.parameters()).device
+    if not is_step(tokens):
+        rows = sequences(tokens, longest or tokens)
+        draw = torch.Generator(device).manual_seed(0)  # products of equal rows take less power
+        words = model.config.get_text_config().vocab_size
+        ids_BT = torch.randint(words, (rows, tokens // rows), generator=draw, device=device)
+        return captured(lambda: model(ids_BT, use_cache=False, logits_to_keep=1).logits, device)
+    decoder = Decoder(model, tokens, cache_tokens)
+    ids_BT = torch.ones(tokens, _BEGUN, dtype=torch.long, device=device)
+    decoder.capture(ids_BT)
+    left = 0  # of the cache
+
+    def step() -> None:
+        nonlocal left
+        if not left:
+            decoder.begin(ids_BT)
+            left = cache_tokens - _BEGUN - 1
+        decoder.step()
+        left -= 1
+
+    return step
+
+
+def sequences(tokens: int, longest: int) -> int:
+    """The fewest of one length that have so many tokens, none longer than that."""
+    return next(n for n in range(-(-tokens // longest), tokens + 1) if tokens % n == 0)
 
 
 class Decoder:
@@ -13,7 +60,7 @@ class Decoder:
     ``mode`` is torch.compile's; None computes eagerly.
     """
 
-    def __init__(self, model: nn.Module, batch: int, length: int, mode: str | None = None) -> None:
+    def __init__(self, model: Any, batch: int, length: int, mode: str | None = None) -> None:
         from transformers import StaticCache
 
         device = next(model.parameters()).device
@@ -37,7 +84,7 @@ class Decoder:
         self.begin(ids_BT)
         if self.ids_B1.device.type != "cuda":
             return self._computed()  # what is compiled is compiled now
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -62,9 +109,9 @@ class Decoder:
         self.ids_B1.copy_(logits_BV.argmax(-1, keepdim=True))
 
 
-def captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """A CUDA graph's replay, as servers run a model: its kernels' time, and none of Python's."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return run
     for _ in range(2):
         run()
