@@ -68,6 +68,43 @@ def test_a_near_shape_keeps_the_number_of_programs(own: Path) -> None:
     assert short.split == 2  # it has no more columns to be split
 
 
+def test_a_launch_that_was_not_split_asks_for_no_more_programs_than_fill_a_gpu(own: Path) -> None:
+    many = replace(SHAPE, tokens=1024)
+    whole = replace(LAUNCH, rows=128, tokens=128, split=1)
+    written(own, "Some GPU", [tuned(many, whole)])  # 1,792 programs
+    assert choose(replace(many, rows=4096), "Some GPU", 100) == whole  # 256
+    few = choose(replace(many, rows=256), "Some GPU", 100)
+    assert few.split == 12  # 192 of 200
+
+
+def test_the_same_rows_and_columns_are_nearer_than_the_same_tokens(own: Path) -> None:
+    small = replace(SHAPE, rows=4096, tokens=2048)
+    written(own, "Some GPU", [tuned(replace(SHAPE, tokens=1024), OTHER), tuned(small)])
+    assert not choose(replace(small, tokens=1024), "Some GPU", 100).other
+    assert choose(replace(SHAPE, tokens=900), "Some GPU", 100).other
+    assert not choose(replace(small, tokens=8192), "Some GPU", 100).other  # as for 4,096
+    few = [tuned(replace(SHAPE, tokens=8), OTHER), tuned(replace(SHAPE, tokens=32))]
+    written(own, "Another", few)
+    assert not choose(replace(SHAPE, tokens=16), "Another", 100).other  # in one tile
+
+
+def test_familiar_launches_are_the_best_of_others_for_about_as_many_tokens() -> None:
+    familiar = pytest.importorskip("quantkernels.tune.subjects").familiar
+    shape = replace(SHAPE, rows=4096, tokens=64)
+    near = replace(LAUNCH, tokens=64, warps=4, split=1)
+    known = [
+        tuned(replace(SHAPE, tokens=32), near),
+        tuned(replace(SHAPE, tokens=1)),
+        tuned(replace(SHAPE, codes="int8", tokens=64), replace(near, warps=8)),
+        tuned(replace(SHAPE, tokens=64), OTHER),
+    ]
+    found = list(familiar(shape, known, 100))
+    assert found
+    assert {replace(launch, split=1) for launch in found} == {near}
+    assert len({launch.split for launch in found}) == len(found) > 1
+    assert OTHER in set(familiar(replace(shape, tokens=128), known, 100))
+
+
 def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) -> None:
     h100 = launches.SIBLINGS[H200]
     written(own, H200, [tuned(SHAPE)])

@@ -52,8 +52,16 @@ kernels = (
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy, on NaN
 if HAS_TRITON:
+    import triton
+    import triton.language as tl
     from quantkernels.forward import fused as fused_forward
+    from quantkernels.nearest import quotient
     from quantkernels.rounding import fused
+
+    @triton.jit
+    def quotients(x_ptr, by_ptr, out_ptr):
+        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        tl.store(out_ptr + at, quotient(tl.load(x_ptr + at), tl.load(by_ptr), True))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -218,6 +226,24 @@ def test_kernels_round_bits_of_any_kind_as_the_references(grid: InputGrid) -> No
     for x_T8 in near_TI[:10].to(DEVICE):
         x_T4 = x_T8.view(2, 4)
         assert same(fused.by_tensor(x_T4, grid), reference.by_tensor(x_T4, grid), grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", [1.0, 1 / 3, 7.3e-17, 1.9e17, 1e-30, 1e30, 0.0, float("inf")])
+def test_quotients_are_rounded_once(by: float) -> None:
+    """Of any bits, also beyond those that a code would tell apart."""
+    generator = torch.Generator().manual_seed(2)
+    bits_I = torch.randint(-(2**31), 2**31, (1 << 22,), generator=generator, dtype=torch.int64)
+    x_I = bits_I.int().view(torch.float32).to(DEVICE)
+    divisor = torch.tensor([by], device=DEVICE)
+    for scaled in (1.0, 1.1, 1.7):
+        found_I = torch.empty_like(x_I)
+        quotients[(len(x_I) // 1024,)](x_I, divisor * scaled, found_I)
+        wanted_I = (x_I.cpu() / (divisor * scaled).cpu()).to(DEVICE)
+        number_I = ~wanted_I.isnan()
+        bits = [of.view(torch.int32)[number_I] for of in (found_I, wanted_I)]
+        assert torch.equal(*bits)
+        assert found_I[~number_I].isnan().all()
 
 
 @kernels

@@ -31,6 +31,7 @@ Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 VERSIONS: dict[Kernel, int] = {"weight_only": 3, "w8a8": 1}
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+_FEW = 64  # tokens
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
 
 
@@ -141,7 +142,7 @@ def _known(shape: Shape, gpu: str) -> list[Tuned]:
         for entry in load(gpu)
         if entry.shape.kernel == shape.kernel
         and entry.shape.codes == shape.codes
-        and _tokens_apart(entry.shape, shape) <= 1
+        and tokens_apart(entry.shape, shape) <= 1
     ]
 
 
@@ -213,17 +214,23 @@ def _texts(places: Iterable[Any]) -> Iterable[str]:
 
 
 def _distance(one: Shape, other: Shape) -> tuple[float, ...]:
-    """In powers of two, tokens first; of two as far, the one for more tokens is nearer."""
+    """In powers of two: of tokens, and half of what rows and columns differ by.
+
+    Of two as far, the one for more tokens is nearer; and up to 64 that for fewer is twice as far,
+    since tiles of fewer tokens read the weight twice.
+    """
     size = sum(
         abs(math.log2(max(1, of_one)) - math.log2(max(1, of_other)))
         for of_one, of_other in ((one.rows, other.rows), (one.columns, other.columns))
     )
-    return _tokens_apart(one, other), -one.tokens, size, float(one.group != other.group)
+    step = 2 if one.tokens < other.tokens <= _FEW else 1
+    apart = tokens_apart(one, other) * step + size / 2
+    return apart, -one.tokens, float(one.group != other.group)
 
 
-def _tokens_apart(one: Shape, other: Shape) -> int:
-    """Up to 8 tokens are one to the kernel."""
-    heights = [max(3, (shape.tokens - 1).bit_length()) for shape in (one, other)]
+def tokens_apart(one: Shape, other: Shape) -> int:
+    """Up to 8 tokens are one to the kernel, and of 4,096 or more each is some programs more."""
+    heights = [min(12, max(3, (shape.tokens - 1).bit_length())) for shape in (one, other)]
     return abs(heights[0] - heights[1])
 
 
@@ -231,7 +238,8 @@ def _fitted(nearest: Tuned, shape: Shape, units: int) -> Launch:
     """As many programs as the nearest shape's launch had, by another split.
 
     Of the overlapped ones a multiprocessor takes one at a time: more spans than give each one are
-    work for nothing.
+    work for nothing. A launch that was not split had as many as the shape makes, and says nothing
+    of how many are wanted: a few for each multiprocessor.
     """
     launch = nearest.launch
 
@@ -239,7 +247,9 @@ def _fitted(nearest: Tuned, shape: Shape, units: int) -> Launch:
         return -(-rows // launch.rows) * -(-tokens // launch.tokens)
 
     programs = tiles_of(nearest.shape.rows, nearest.shape.tokens) * launch.split
-    programs = min(programs, units) if launch.overlapped else programs
+    if launch.overlapped or launch.split == 1:
+        each = 1 if launch.overlapped else 2 if launch.tokens >= _FEW else 4
+        programs = min(programs, units * each)
     turns = -(-shape.columns // launch.turn)
     split = round(programs / max(1, tiles_of(shape.rows, shape.tokens)))
     return replace(launch, split=max(1, min(split, 16, turns)))

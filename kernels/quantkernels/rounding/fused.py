@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
-from quantkernels.nearest import to_float8, to_whole
+from quantkernels.nearest import quotient, to_float8, to_whole
 from quantkernels.rounding import reference
 from quantkernels.rounding.operators import kept, outputs
 from quantkernels.rounding.reference import InputGrid
@@ -24,6 +24,7 @@ from quantkernels.rounding.reference import InputGrid
 HELD = 32_768  # values of a row that a program keeps, at most
 READ = 8192  # of a wider one, or in the pass before, at a time
 PARTS = 1024  # programs of the pass before, at most
+_PER_WARP, _MOST_WARPS = 256, 32  # values of a row without a norm
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -119,7 +120,8 @@ def _round(
         held,
         block if held else READ,
         triton.next_power_of_2(parts),
-        num_warps=norm_warps(block),
+        x_TI.is_cuda,
+        num_warps=norm_warps(block) if norm else max(1, min(_MOST_WARPS, block // _PER_WARP)),
         enable_fp_fusion=False,
     )
 
@@ -176,6 +178,7 @@ def _round_row(
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    FUSED: tl.constexpr,
 ):
     row = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += row * stride_T
@@ -207,13 +210,13 @@ def _round_row(
     tl.store(zero_ptr + row * OWN, zero, mask=first | OWN)
 
     if HELD:
-        code = _code(x, scale, zero, GRID, QMIN, QMAX)
+        code = _code(x, scale, zero, GRID, QMIN, QMAX, FUSED)
         tl.store(codes_ptr + column, code, mask=inside)
     else:
         for start in range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)
             stored = tl.load(x_ptr + column * stride_I, mask=column < width, other=0.0)
-            code = _code(stored.to(tl.float32), scale, zero, GRID, QMIN, QMAX)
+            code = _code(stored.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
             tl.store(codes_ptr + column, code, mask=column < width)
 
 
@@ -295,8 +298,16 @@ def _range(high, low, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.cons
 
 
 @triton.jit
-def _code(x, scale, zero, GRID: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr):
-    steps = tl.math.div_rn(x, scale)
+def _code(
+    x,
+    scale,
+    zero,
+    GRID: tl.constexpr,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    FUSED: tl.constexpr,
+):
+    steps = quotient(x, scale, FUSED)
     if GRID == "float8":
         code, _ = to_float8(steps, QMIN, QMAX)
         code = tl.where(steps == steps, code, 0x7F)

@@ -7,7 +7,8 @@ For each shape, kind of codes and number of tokens, launches are compiled in as 
 there are processors, held to the dense product, and timed: several copies of the weight, more than
 the cache holds, one after another in a CUDA graph; the median of some replays. A bfloat16 weight's
 product is timed the same way beside. What the file holds of other shapes is kept. Without --out it
-is the file that the package ships.
+is the file that the package ships. With --familiar only those are tried that are in the file as the
+best of other shapes, which takes a second or two for each combination in place of five.
 """
 
 import argparse
@@ -54,7 +55,13 @@ def main() -> None:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         works = [
             {
-                shape: compiling(pool, shape, options.most, options.processes)
+                shape: compiling(
+                    pool,
+                    shape,
+                    options.most,
+                    options.processes,
+                    known if options.familiar else None,
+                )
                 for shape in _shapes(rows, columns, of, options.tokens)
             }
             for rows, columns in options.shapes
@@ -122,6 +129,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--of", type=_of, nargs="+", default=ALL, help="weight_only/int4/128 ...")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--most", type=int, default=150, help="launches tried of each")
+    parser.add_argument(
+        "--familiar", action="store_true", help="only launches that are best of another shape"
+    )
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stdout, suppress
+from dataclasses import astuple
 from functools import partial
 from io import StringIO
 from itertools import chain
@@ -15,23 +16,36 @@ import torch
 from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from quantkernels.launches import Codes, Kernel, Launch, Shape, Tuned
-from quantkernels.tune.subjects import SUBJECTS, candidates
+from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape, Tuned
+from quantkernels.tune.subjects import SUBJECTS, candidates, familiar
 from quantkernels.tune.timing import timed
 
 Of = tuple[Kernel, Codes, int]  # and the size of a group, 0 for whole rows
 CACHE_BYTES = 128 << 20  # more than any cache so far
-FINALISTS = 3  # that are timed again, for longer
+FINALISTS = 3  # that are timed again, for longer, beside what is no kernel of ours
+FINAL_US = 150_000.0
 # relative, of a product beside that of the values rounded to bfloat16
 MOST_ERROR = {"weight_only": 1e-2, "w8a8": 2e-2}
 
 Compiling = Sequence[Future[list[Launch]]]
 
 
-def compiling(pool: ProcessPoolExecutor, shape: Shape, most: int, processes: int) -> Compiling:
-    """Begins to compile so many of the launches worth a try, the same ones each time."""
+def compiling(
+    pool: ProcessPoolExecutor,
+    shape: Shape,
+    most: int,
+    processes: int,
+    known: Sequence[Tuned] | None = None,
+) -> Compiling:
+    """Begins to compile so many of the launches worth a try, the same ones each time.
+
+    Where `known` is given, only what is best there of other shapes is worth one.
+    """
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    launches = list(candidates(shape, _units(), hopper=hopper))
+    if known is None:
+        launches = list(candidates(shape, _units(), hopper=hopper))
+    else:
+        launches = sorted(familiar(shape, known, _units()), key=astuple)
     random.Random(0).shuffle(launches)  # noqa: S311 - some of many
     launches.sort(key=lambda launch: not launch.other)  # which is never left out
     launches = launches[:most]
@@ -50,7 +64,6 @@ def search(work: Mapping[Shape, Compiling]) -> Iterator[Tuned]:
     for shape, launches in work.items():
         inputs = subject.inputs(shape, "cuda")
         x_TI = subject.served(inputs)
-        dense_us = median(timed([partial(linear, x_TI, dense) for dense in denses]))
         wanted_TO = linear(x_TI, dense_OI)
 
         def calls(launch: Launch, inputs: Any = inputs) -> list[Callable[[], object]]:
@@ -64,11 +77,21 @@ def search(work: Mapping[Shape, Compiling]) -> Iterator[Tuned]:
                     raise SystemExit(f"wrong: {launch} of {shape}")
                 rough.append((median(timed(calls(launch), 5)), launch))
         rough.sort(key=itemgetter(0))
-        times = [(median(timed(calls(launch))), launch) for _, launch in rough[:FINALISTS]]
+        finalists = [launch for _, launch in rough[:FINALISTS]]
+        if any(launch.other for _, launch in rough):
+            finalists = list(dict.fromkeys((*finalists, OTHER)))
+        times = [(_at_length(calls(launch)), launch) for launch in finalists]
         time_us, best = min(times, key=itemgetter(0))
+        dense_us = _at_length([partial(linear, x_TI, dense) for dense in denses])
         yield Tuned(
             shape=shape, launch=best, time_us=round(time_us, 2), dense_us=round(dense_us, 2)
         )
+
+
+def _at_length(calls: Sequence[Callable[[], object]]) -> float:
+    """A long run's median, without its beginning: where matrix units bind, a GPU slows down soon to
+    keep to its power, and by another share for each kernel."""
+    return median(timed(calls, least_us=FINAL_US))
 
 
 def _units() -> int:

@@ -3,8 +3,8 @@
 Shape suffixes: O = out_features, I = in_features, T = tokens.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkernels import w8a8, weight_only
-from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape
+from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape, Tuned, tokens_apart
 from quantkernels.w8a8 import fused as w8a8_fused
 from quantkernels.w8a8 import tiles as w8a8_tiles
 from quantkernels.weight_only import fused as weight_only_fused
@@ -67,6 +67,21 @@ def candidates(shape: Shape, units: int, *, hopper: bool) -> Iterator[Launch]:
             )
             if _sensible(launch, shape, units):
                 yield launch
+
+
+def familiar(shape: Shape, known: Iterable[Tuned], units: int) -> Iterator[Launch]:
+    """Those that are another shape's best for about as many tokens, split as suits this one."""
+    if shape.tokens >= 128:
+        yield OTHER
+    near = {
+        entry.launch
+        for entry in known
+        if (entry.shape.kernel, entry.shape.codes) == (shape.kernel, shape.codes)
+        and tokens_apart(entry.shape, shape) <= 1
+        and not entry.launch.other
+    }
+    found = {replace(launch, split=split) for launch in near for split in SPLITS}
+    yield from (launch for launch in found if _sensible(launch, shape, units))
 
 
 def _overlapped(shape: Shape, units: int) -> Iterator[Launch]:
