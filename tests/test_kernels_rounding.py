@@ -198,10 +198,14 @@ def test_the_kernels_are_their_references(
 
 @kernels
 @grids
+@pytest.mark.parametrize(("held", "span"), [(32, 512), (32, 16), (256, 64), (256, 16)])
 @pytest.mark.usefixtures("poisoned")
-def test_rows_too_wide_to_be_held(grid: InputGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "HELD", 32)
-    monkeypatch.setattr(fused, "READ", 64)
+def test_rows_too_wide_to_be_held_and_rows_that_programs_share(
+    grid: InputGrid, held: int, span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"HELD": held, "KEPT": held, "READ": 64, "SEEN": 64, "LEAST_SPAN": span}
+    for name, value in sizes.items():
+        monkeypatch.setattr(fused, name, value)
     monkeypatch.setattr(fused, "PARTS", 7)
     x_TI = random(5, 150)
     x_TI[1, 100], x_TI[2, 149], x_TI[3] = NAN, INF, 0.0
@@ -231,7 +235,7 @@ def test_kernels_round_bits_of_any_kind_as_the_references(grid: InputGrid) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("by", [1.0, 1 / 3, 7.3e-17, 1.9e17, 1e-30, 1e30, 0.0, float("inf")])
 def test_quotients_are_rounded_once(by: float) -> None:
-    """Of any bits, also beyond those that a code would tell apart."""
+    """But for those that are 0 or an end of the grid to any code."""
     generator = torch.Generator().manual_seed(2)
     bits_I = torch.randint(-(2**31), 2**31, (1 << 22,), generator=generator, dtype=torch.int64)
     x_I = bits_I.int().view(torch.float32).to(DEVICE)
@@ -240,10 +244,12 @@ def test_quotients_are_rounded_once(by: float) -> None:
         found_I = torch.empty_like(x_I)
         quotients[(len(x_I) // 1024,)](x_I, divisor * scaled, found_I)
         wanted_I = (x_I.cpu() / (divisor * scaled).cpu()).to(DEVICE)
-        number_I = ~wanted_I.isnan()
-        bits = [of.view(torch.int32)[number_I] for of in (found_I, wanted_I)]
-        assert torch.equal(*bits)
-        assert found_I[~number_I].isnan().all()
+        tiny_I, huge_I = wanted_I.abs() < 2.0**-90, wanted_I.abs() > 2.0**120
+        rest_I = ~(tiny_I | huge_I | wanted_I.isnan())
+        assert torch.equal(found_I[rest_I], wanted_I[rest_I])
+        assert (found_I[tiny_I].abs() < 2.0**-89).all()
+        assert (found_I[huge_I].abs() > 2.0**119).all()
+        assert torch.equal(found_I[~rest_I].signbit(), wanted_I[~rest_I].signbit())
 
 
 @kernels

@@ -1,6 +1,8 @@
 """Activations to codes: a program owns a row, reads it once and keeps it in registers.
 
-Rows too wide for that are read twice. One scale for all rows takes a pass before, whose programs
+Rows too wide for that are read twice. Where rows are few, several programs share one: each finds
+the extremes of all of it, and rounds its span, for a multiprocessor takes longer to round than to
+read. One scale for all rows takes a pass before, whose programs
 leave the extremes of what they saw; every program of the second pass compares those. Extremes don't
 hang on the order of comparing, so no result hangs on tiles or warps.
 
@@ -21,10 +23,12 @@ from quantkernels.rounding import reference
 from quantkernels.rounding.operators import kept, outputs
 from quantkernels.rounding.reference import InputGrid
 
-HELD = 32_768  # values of a row that a program keeps, at most
-READ = 8192  # of a wider one, or in the pass before, at a time
+HELD = 32_768  # values of a row that a program keeps for its norm, at most
+KEPT = 8192  # without a norm: a wider one is read twice, the second time from the cache
+READ = 4096  # of that at a time
+SEEN = 8192  # in the pass before
 PARTS = 1024  # programs of the pass before, at most
-_PER_WARP, _MOST_WARPS = 256, 32  # values of a row without a norm
+PROGRAMS, MOST_SPANS, LEAST_SPAN = 256, 8, 512  # where rows are few, and several share one
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -98,8 +102,9 @@ def _round(
     rows, width = rows_TI.shape
     parts = 0 if parts_2P is None else parts_2P.shape[1]
     block = triton.next_power_of_2(width)
-    held = block <= HELD
-    _round_row[(rows,)](
+    spans = 1 if norm else _spans(rows, block)
+    held = block <= (HELD if norm or spans > 1 else KEPT)
+    _round_row[rows, spans](
         rows_TI,
         None if norm is None else norm.weight_I,
         None if norm is None else norm.kept_TI,
@@ -119,18 +124,27 @@ def _round(
         given is None and parts_2P is None,
         held,
         block if held else READ,
+        spans,
+        block // spans if held else min(READ, block // spans),
         triton.next_power_of_2(parts),
         x_TI.is_cuda,
-        num_warps=norm_warps(block) if norm else max(1, min(_MOST_WARPS, block // _PER_WARP)),
+        num_warps=norm_warps(block) if norm or spans > 1 else max(1, min(8, block // 1024)),
         enable_fp_fusion=False,
     )
+
+
+def _spans(rows: int, block: int) -> int:
+    spans = 1
+    while spans < MOST_SPANS and 2 * spans * rows <= PROGRAMS and block > spans * LEAST_SPAN:
+        spans *= 2
+    return spans
 
 
 def _extremes_of_parts(x_TI: Tensor, grid: InputGrid) -> Tensor:
     """Whole numbers: of each part the largest, or the largest magnitude; and the least."""
     rows_TI = _rows(x_TI)
     rows, width = rows_TI.shape
-    block = min(triton.next_power_of_2(width), READ)
+    block = min(triton.next_power_of_2(width), SEEN)
     parts = min(rows * triton.cdiv(width, block), PARTS)
     parts_2P = torch.empty(2, parts, dtype=torch.int32, device=x_TI.device)
     _extremes_of_part[(parts,)](
@@ -177,6 +191,8 @@ def _round_row(
     OWN: tl.constexpr,
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPANS: tl.constexpr,
+    PIECE: tl.constexpr,
     PARTS: tl.constexpr,
     FUSED: tl.constexpr,
 ):
@@ -205,16 +221,17 @@ def _round_row(
         else:
             high, low = _extremes_of_row(x_ptr, width, stride_I, SYMMETRIC, BLOCK)
         scale, zero = _range(high, low, QMIN, QMAX, SYMMETRIC)
-    first = row == 0  # its program writes down what is that of all
-    tl.store(scale_ptr + row * OWN, scale, mask=first | OWN)
-    tl.store(zero_ptr + row * OWN, zero, mask=first | OWN)
+    span = tl.program_id(1)
+    first = (span == 0) & ((row == 0) | OWN)  # one program writes down what is that of all
+    tl.store(scale_ptr + row * OWN, scale, mask=first)
+    tl.store(zero_ptr + row * OWN, zero, mask=first)
 
-    if HELD:
+    if HELD and SPANS == 1:
         code = _code(x, scale, zero, GRID, QMIN, QMAX, FUSED)
         tl.store(codes_ptr + column, code, mask=inside)
     else:
-        for start in range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(span * PIECE, width, SPANS * PIECE):
+            column = start + tl.arange(0, PIECE)
             stored = tl.load(x_ptr + column * stride_I, mask=column < width, other=0.0)
             code = _code(stored.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
             tl.store(codes_ptr + column, code, mask=column < width)
