@@ -7,6 +7,7 @@ which knows no float8 product.
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,3 +162,20 @@ def test_the_kernel_is_the_formula(
         y_TO = fused.linear(*served, weight, bias_O, torch.float32, launch)
         most = 1e-3 if kind == "float8" else 2e-6
         assert relative(y_TO, wanted(kind, served, w_OI, bias_O)) < most
+
+
+@needs_triton
+@pytest.mark.parametrize("columns", [96, 300, 576])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [256, 300])
+def test_rows_of_every_block_find_their_groups(rows: int, size: int, columns: int) -> None:
+    """Scales are padded to 256 columns and codes to 128: widths of an odd number of tiles."""
+    from quantkernels.w8a8 import fused
+
+    columns = max(columns // size, 1) * size
+    weight, w_OI = weight_of("int4", size, True, rows, columns)
+    served = inputs_of("int4", True, False, 5, columns)
+    nothing_O = torch.zeros(rows, device=DEVICE)
+    for launch in (*LAUNCHES, replace(LAUNCHES[1], rows=256)):
+        y_TO = fused.linear(*served, weight, None, torch.float32, launch)
+        assert relative(y_TO, wanted("int4", served, w_OI, nothing_O)) < 2e-6
