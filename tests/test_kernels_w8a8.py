@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from quantkernels.launches import Codes, Launch
-from quantkernels.w8a8 import reference
+from quantkernels.w8a8 import linear, reference
 from quantkernels.w8a8.tiles import Tiles8, pack_codes, pack_groups, unpack_codes
 from torch import Tensor
 
@@ -179,3 +179,51 @@ def test_rows_of_every_block_find_their_groups(rows: int, size: int, columns: in
     for launch in (*LAUNCHES, replace(LAUNCHES[1], rows=256)):
         y_TO = fused.linear(*served, weight, None, torch.float32, launch)
         assert relative(y_TO, wanted("int4", served, w_OI, nothing_O)) < 2e-6
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_read_by_it() -> None:
+    weight, _ = weight_of("int4", 32, True, 24, 128)
+    codes_TI, scale_T, zero_T = inputs_of("int4", True, False, 3, 128)
+    for given, words in (
+        ((codes_TI[:, 1:], scale_T, zero_T), r"codes_TI is \(3, 127\): write \(T, 128\)"),
+        ((codes_TI.float(), scale_T, zero_T), "codes_TI is torch.float32: write torch.int8"),
+        ((codes_TI, scale_T[:2], zero_T), "2 scales for 3 tokens: write one of each, or one"),
+        ((codes_TI, scale_T, zero_T[:1]), "1 zero points for 3 tokens: write one of each"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear(*given, weight)
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids=str)
+def test_the_operator_is_what_torch_asks_of_one(form: tuple[Codes, int | None, bool, bool]) -> None:
+    kind, size, zero, one = form
+    weight, _ = weight_of(kind, size, zero, 24, 128)
+    served = inputs_of(kind, zero, one, 3, 128)
+    bias_O = torch.zeros(24, device=DEVICE)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    of_weight = (weight.codes, weight.scale, weight.sums_O, bias_O, kind, weight.group)
+    torch.library.opcheck(
+        torch.ops.quantkernels.w8a8_linear.default,
+        (*served, *of_weight, *weight.features, torch.bfloat16),
+        # the schema's check adds inputs up, which no float8 can
+        test_utils=checks if kind == "float8" else ["test_schema", *checks],
+    )
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids=str)
+def test_any_number_of_tokens_is_one_program(form: tuple[Codes, int | None, bool, bool]) -> None:
+    kind, size, zero, one = form
+    weight, _ = weight_of(kind, size, zero, 24, 128)
+    tokens = torch.export.Dim("tokens")
+    each = None if one else {0: tokens}
+    free = {"codes_TI": {0: tokens}, "scale_T": each, "zero_T": {0: tokens} if zero else None}
+
+    class Product(torch.nn.Module):
+        def forward(self, codes_TI: Tensor, scale_T: Tensor, zero_T: Tensor | None) -> Tensor:
+            return linear(codes_TI, scale_T, zero_T, weight)
+
+    example = inputs_of(kind, zero, one, 3, 128)
+    program = torch.export.export(Product(), example, dynamic_shapes=free).module()
+    for count in (1, 2, 40):
+        served = inputs_of(kind, zero, one, count, 128)
+        assert torch.equal(program(*served), linear(*served, weight))

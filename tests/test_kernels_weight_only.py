@@ -260,6 +260,34 @@ def test_no_tokens_and_no_rows_give_nothing() -> None:
     assert dense(weight, torch.float32).shape == (8, 64)
 
 
+@pytest.mark.parametrize(
+    ("x_TI", "bias_O", "words"),
+    [
+        (torch.zeros(3, 64), None, r"x is \(3, 64\): write \(T, 128\) for a weight of 24 by 128"),
+        (torch.zeros(3, 256), None, r"x is \(3, 256\)"),
+        (torch.zeros(128), None, r"x is \(128,\): write \(T, 128\)"),
+        (torch.zeros(3, 128), torch.zeros(1), r"bias is \(1,\): write \(24,\)"),
+        (torch.zeros(3, 128), torch.zeros(24, device="meta"), "the bias on meta: write .to()"),
+        (torch.zeros(3, 128, device="meta"), None, f"x is on meta and the weight on {DEVICE}"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_before_memory_is_read_by_it(
+    x_TI: Tensor, bias_O: Tensor | None, words: str
+) -> None:
+    weight, _ = weight_of("int4", 64, "affine", False, 24, 128)
+    given = [t if t is None or t.is_meta else t.to(DEVICE, torch.bfloat16) for t in (x_TI, bias_O)]
+    with pytest.raises(ValueError, match=words):
+        linear(given[0], weight, given[1])
+
+
+def test_an_accelerator_takes_inputs_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkernels.weight_only.FUSED_DEVICES", (DEVICE,))
+    weight, _ = weight_of("int4", 64, "affine", False, 24, 128)
+    with pytest.raises(ValueError, match=r"x is torch.float32: write torch.bfloat16 or"):
+        linear(inputs(3, 128, torch.float32), weight)
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_operator_is_what_torch_asks_of_one(zero: bool) -> None:
     weight, _ = weight_of("int4", 64, "affine", zero, 24, 128)

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkernels.grids import GridName
 from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
+from quantkernels.operands import refuse_dtype, refuse_misfits
 from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
 
@@ -41,7 +42,12 @@ def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
     Sums run in float32. A weight's value is its code times its scale, the product rounded to x's
     dtype at most once; where the launch scales sums instead, not at all. `x_TI` has any strides
     and any number of rows, none among them. torch.compile and CUDA graphs take it as it is.
+
+    Raises ValueError for inputs or a bias of other shapes, dtypes or devices.
     """
+    refuse_misfits(x_TI, weight.codes_RPBW, weight.features, bias_O)
+    if x_TI.device.type in FUSED_DEVICES:
+        refuse_dtype(x_TI, "x", FUSED_DTYPES)
     y_TO: Tensor = _linear(
         x_TI,
         weight.codes_RPBW,
