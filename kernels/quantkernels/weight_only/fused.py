@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.devices import on_its_device
 from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
@@ -90,6 +91,7 @@ def linear(
     return out_TO
 
 
+@on_its_device
 def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     """The weight's values (O, I)."""
     rows, columns = weight.features
@@ -110,6 +112,7 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     return out_OI
 
 
+@on_its_device
 def pack_codes(codes_OI: Tensor, kind: Codes) -> Tensor:
     """As `tiles.pack_codes`, in one pass."""
     rows, columns = codes_OI.shape

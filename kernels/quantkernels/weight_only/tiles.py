@@ -42,6 +42,10 @@ class Tiles:
     group: int  # columns, at most 128; 0 where a row has one scale, and no zero
     features: tuple[int, int]  # (O, I)
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes_RPBW.device
+
 
 def grouping(size: int | None, *, zero: bool) -> int:
     """`Tiles.group` of groups of `size`, None for whole rows."""
