@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantkernels.weight_only.tiles import BITS, Codes
+from quantkernels.launches import BITS, Codes
 from quantkernels.weight_only.unpack import excess, unpacking
 
 POINTERS = {

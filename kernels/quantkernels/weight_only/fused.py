@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.devices import on_its_device
-from quantkernels.launches import Codes, Launch
+from quantkernels.launches import BITS, Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.product import product
@@ -50,7 +50,7 @@ def linear(
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
     height = tiles.program_rows(rows, launch.rows)
     count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
-    piece = 16 // tiles.BITS[weight.kind] * tiles.WORDS
+    piece = 16 // BITS[weight.kind] * tiles.WORDS
     turn = max(launch.turn, piece, weight.group)  # another kind's launch, or another group's
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // turn)
     split = min(launch.split, turns)
@@ -117,7 +117,7 @@ def pack_codes(codes_OI: Tensor, kind: Codes) -> Tensor:
     """As `tiles.pack_codes`, in one pass."""
     rows, columns = codes_OI.shape
     blocks = triton.cdiv(rows, tiles.ROWS)
-    bits = tiles.BITS[kind]
+    bits = BITS[kind]
     padded = triton.cdiv(columns, tiles.COLUMNS) * tiles.COLUMNS
     pieces = padded * bits // (16 * tiles.WORDS)
     shape = (blocks, pieces, tiles.ROWS, tiles.WORDS)
@@ -134,7 +134,7 @@ def _codes(
     zero = "none" if weight.zero is None else weight.grid
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
     return {
-        "BITS": tiles.BITS[weight.kind],
+        "BITS": BITS[weight.kind],
         "FLOAT8": weight.kind == "float8",
         "GROUP": weight.group,
         "ZERO": zero,

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quantkernels.launches import Launch
+from quantkernels.launches import BITS, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.tiles import Tiles
@@ -89,7 +89,7 @@ def linear(
         TOKENS=launch.tokens,
         SPLIT=split,
         STAGES=launch.stages,
-        BITS=tiles.BITS[weight.kind],
+        BITS=BITS[weight.kind],
         GROUP=weight.group,
         ZERO=zero,
         EXCESS=excess(weight.kind, x_TI.dtype),

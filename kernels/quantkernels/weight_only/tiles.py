@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-from quantkernels.launches import Codes
+from quantkernels.launches import BITS, Codes
 
 ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
 COLUMNS = 256  # to whose multiples rows are padded
 LONGEST = 128  # group; 32 and 64 are the others
-
-BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
