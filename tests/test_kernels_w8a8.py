@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from quantkernels.launches import Codes, Launch
-from quantkernels.w8a8 import linear, reference
+from quantkernels.w8a8 import linear, reference, vendor
 from quantkernels.w8a8.tiles import Tiles8, pack_codes, pack_groups, unpack_codes
 from torch import Tensor
 
@@ -227,3 +227,19 @@ def test_any_number_of_tokens_is_one_program(form: tuple[Codes, int | None, bool
     for count in (1, 2, 40):
         served = inputs_of(kind, zero, one, count, 128)
         assert torch.equal(program(*served), linear(*served, weight))
+
+
+def test_no_tokens_make_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("a dense weight of a head is two gigabytes")
+
+    monkeypatch.setattr("quantkernels.w8a8.FUSED_DEVICES", (DEVICE,))
+    monkeypatch.setattr(reference, "values", refused)
+    weight, _ = weight_of("int8", None, False, 8, 64)
+    y_TO = linear(*inputs_of("int8", False, False, 0, 64), weight, torch.ones(8, device=DEVICE))
+    assert y_TO.shape == (0, 8) and y_TO.dtype == torch.bfloat16
+
+
+def test_torchs_own_products_are_those_of_cuda() -> None:
+    weight, _ = weight_of("int8", None, False, 16, 64, tiled=False)
+    assert vendor.takes(torch.empty(3, 64, device=DEVICE), weight, torch.bfloat16) == ON_GPU

@@ -97,6 +97,14 @@ def test_matmul_mm_and_addmm_are_the_same_product() -> None:
             other()
 
 
+@pytest.mark.parametrize("scheme", FORMS, ids=Scheme.label)
+def test_on_the_meta_device_shapes_are_known(scheme: Scheme) -> None:
+    weight = QuantizedTensor.of(linear(scheme, 32, 64), torch.bfloat16).to("meta")
+    x_BTI = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="meta")
+    y_BTO = module(weight, None)(x_BTI)
+    assert (y_BTO.shape, y_BTO.dtype, y_BTO.is_meta) == ((2, 5, 32), torch.bfloat16, True)
+
+
 def test_inputs_that_need_gradients_pass_through() -> None:
     """Embeddings of a loaded model need them, and nobody asks for any."""
     ours = linear(INT4, 32, 64)

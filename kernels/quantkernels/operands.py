@@ -1,4 +1,4 @@
-"""What a product is handed, looked at before a kernel reads memory by it: it would find no end."""
+"""What a product is handed, looked at before a kernel reads memory by it; what comes of nothing."""
 
 import torch
 from torch import Tensor
@@ -27,3 +27,9 @@ def refuse_misfits(
 def refuse_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {tensor.dtype}: write {' or '.join(map(str, dtypes))}")
+
+
+def nothing(x_TI: Tensor, rows: int, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product where there are no tokens, rows or columns: the bias, if anything."""
+    y_TO = x_TI.new_zeros(x_TI.shape[0], rows, dtype=dtype)
+    return y_TO if bias_O is None else y_TO + bias_O.to(dtype)

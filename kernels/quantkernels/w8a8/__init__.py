@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
-from quantkernels.operands import refuse_dtype, refuse_misfits
+from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.w8a8 import reference, vendor
 from quantkernels.w8a8.tiles import Tiles8
 
@@ -107,8 +107,10 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
         features=(rows, columns),
     )
     tokens = codes_TI.shape[0]
-    if codes_TI.device.type not in FUSED_DEVICES or 0 in (tokens, rows, columns):
+    if codes_TI.device.type not in FUSED_DEVICES:
         return reference.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype)
+    if 0 in (tokens, rows, columns):
+        return nothing(codes_TI, rows, bias_O, dtype)
     launch = launch_of("w8a8", tokens, weight, gpu_of(codes_TI.device))
     if launch.other and vendor.takes(codes_TI, weight, dtype):
         return vendor.linear(codes_TI, scale_T, weight, bias_O, dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkernels.grids import GridName
 from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
-from quantkernels.operands import refuse_dtype, refuse_misfits
+from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
 
@@ -119,8 +119,9 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
 
     tokens = x_TI.shape[0]
     if 0 in (tokens, rows, columns):
-        return torch.nn.functional.linear(x_TI, x_TI.new_zeros(rows, columns), bias_O)
+        return nothing(x_TI, rows, bias_O, x_TI.dtype)
     launch = launch_of("weight_only", tokens, weight, gpu_of(x_TI.device))
     if launch.other:
+        bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
     return fused.linear(x_TI, weight, bias_O, launch)

@@ -40,6 +40,7 @@ def linear(
     *,
     compile_only: bool = False,
 ) -> Tensor:
+    x_TI = apart(x_TI)
     if launch.overlapped and x_TI.device.type in ("cuda", "meta"):
         from quantkernels.weight_only import overlapped
 
@@ -89,6 +90,17 @@ def linear(
         num_warps=launch.warps,
     )
     return out_TO
+
+
+def apart(x_TI: Tensor) -> Tensor:
+    """Inputs a copy of which is read where rows share memory, or columns lie too far apart.
+
+    The accelerator of memory wants rows that are apart, and kernels count a row's in 32 bits.
+    """
+    tokens, columns = x_TI.shape
+    shared = tokens > 1 and x_TI.stride(1) == 1 and x_TI.stride(0) < columns
+    far = x_TI.stride(1) * columns >= 1 << 31
+    return x_TI.contiguous() if shared or far else x_TI
 
 
 @on_its_device
