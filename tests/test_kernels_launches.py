@@ -78,6 +78,47 @@ def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) ->
     assert choose(replace(SHAPE, tokens=128), H200, 132) == OTHER
 
 
+def test_tokens_come_before_whose_multiprocessors_they_were(own: Path) -> None:
+    """A launch for 16 tokens at a time would read the weight twice for 32."""
+    few, some = replace(SHAPE, tokens=16), replace(SHAPE, tokens=32)
+    for_some = replace(LAUNCH, tokens=32)
+    written(own, "Some GPU", [tuned(few)])
+    written(own, "A sibling", [tuned(few, OTHER), tuned(some, for_some)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launches, "SIBLINGS", {"Some GPU": "A sibling"})
+        assert choose(few, "Some GPU", 100) == LAUNCH
+        for tokens in (17, 32):
+            assert choose(replace(SHAPE, tokens=tokens), "Some GPU", 100) == for_some
+
+
+def test_a_launch_for_many_tokens_is_one_for_more(own: Path) -> None:
+    many = replace(SHAPE, kernel="w8a8", codes="int8", group=0, tokens=2048)
+    for_many = replace(LAUNCH, tokens=128, split=1)
+    written(own, "Some GPU", [tuned(many, for_many), tuned(replace(many, tokens=512), OTHER)])
+    assert choose(replace(many, tokens=8192), "Some GPU", 100) == for_many
+    assert choose(replace(many, tokens=100_000), "Some GPU", 100) == for_many
+    assert choose(replace(many, tokens=256), "Some GPU", 100).other
+    assert choose(replace(many, tokens=16), "Some GPU", 100) == usual(replace(many, tokens=16), 100)
+
+
+@pytest.mark.parametrize("gpu", [H200, launches.SIBLINGS[H200]])
+@pytest.mark.parametrize("kernel", VERSIONS)
+def test_every_number_of_tokens_finds_what_was_searched(gpu: str, kernel: launches.Kernel) -> None:
+    for codes, group in (("int4", 128), ("int8", 0), ("float8", 0)):
+        if (kernel, codes) == ("w8a8", "int4"):  # which was not
+            continue
+        shape = replace(SHAPE, kernel=kernel, codes=codes, group=group)
+        for tokens in (1, 2, 3, 8, 9, 17, 40, 64, 100, 256, 500, 1000, 2048, 4096, 8192, 16_384):
+            assert nearest(replace(shape, tokens=tokens), gpu) is not None, (codes, tokens)
+
+
+def test_of_bytes_by_4_bits_no_one_else_has_a_product() -> None:
+    shape = replace(SHAPE, kernel="w8a8", group=32)
+    for tokens in (1, 300, 8192):
+        launch = usual(replace(shape, tokens=tokens), 132)
+        assert not launch.other and launch.tokens == min(128, max(16, tokens))
+
+
 def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
     written(own, "Some GPU", [tuned(SHAPE)])
     many = replace(SHAPE, tokens=200)
@@ -167,7 +208,7 @@ def test_a_planner_is_told_where_a_bfloat16_weight_is_faster(own: Path) -> None:
     for tokens, ratio in ((1, 2.0), (8, 2.0), (200, 0.5), (512, 0.5)):
         found = nearest(replace(SHAPE, rows=4096, tokens=tokens), "Some GPU")
         assert found is not None and found.ratio == ratio
-    assert nearest(replace(SHAPE, tokens=8192), "Some GPU") is None
+    assert nearest(replace(SHAPE, tokens=8192), "Some GPU") is None  # too far
     assert nearest(SHAPE, "Another") is None
 
 

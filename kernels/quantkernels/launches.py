@@ -2,8 +2,8 @@
 
 Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
 entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
-bfloat16 product took. A shape that was not tuned takes the nearest that was, from a GPU of the same
-multiprocessors where its own has none for about as many tokens; without data it takes what is
+bfloat16 product took. A shape that was not tuned takes the nearest that was, tokens first, from a
+GPU of the same multiprocessors where its own has none for as many; without data it takes what is
 usual. Data of another version of a kernel are left aside with a warning, and so is a file that is
 damaged or another GPU's. `nearest` tells a planner where a bfloat16 weight is faster:
 
@@ -39,6 +39,7 @@ INPUT_BYTES: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
 SHARED_BYTES = 227 << 10  # of a multiprocessor, at most
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+MANY = 2048  # tokens: a launch for as many is one for more
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
 
 
@@ -163,8 +164,15 @@ def choose(shape: Shape, gpu: str, units: int) -> Launch:
 
 def nearest(shape: Shape, gpu: str) -> Tuned | None:
     """What is known of the nearest shape, on a GPU by its name; None without data."""
-    known = _known(shape, gpu) or _known(shape, SIBLINGS.get(gpu, ""))
-    return min(known, key=lambda entry: _distance(entry.shape, shape), default=None)
+    own = [(entry, False) for entry in _known(shape, gpu)]
+    siblings = [(entry, True) for entry in _known(shape, SIBLINGS.get(gpu, ""))]
+
+    def distance(found: tuple[Tuned, bool]) -> tuple[float, ...]:
+        entry, sibling = found
+        apart, more, *rest = _distance(entry.shape, shape)
+        return apart, more, sibling, *rest
+
+    return min((*own, *siblings), key=distance, default=(None, False))[0]
 
 
 def _known(shape: Shape, gpu: str) -> list[Tuned]:
@@ -173,13 +181,16 @@ def _known(shape: Shape, gpu: str) -> list[Tuned]:
         for entry in load(gpu)
         if entry.shape.kernel == shape.kernel
         and entry.shape.codes == shape.codes
-        and _tokens_apart(entry.shape, shape) <= 1
+        and (_tokens_apart(entry.shape, shape) <= 1 or MANY <= entry.shape.tokens <= shape.tokens)
     ]
 
 
 def usual(shape: Shape, units: int) -> Launch:
-    """Without data: programs for every multiprocessor; no kernel of ours where products bind."""
-    if shape.tokens > 256:
+    """Without data: programs for every multiprocessor; no kernel of ours where products bind.
+
+    But of bytes by 4 bits nobody else has any.
+    """
+    if shape.tokens > 256 and (shape.kernel, shape.codes) != ("w8a8", "int4"):
         return OTHER
     tokens = max(16, 1 << (shape.tokens - 1).bit_length())
     wide = tokens >= 64
