@@ -38,7 +38,7 @@ def linear(
     int4). `scale_T` is float32, one for every token or one for all; `zero_T`, whole numbers in
     float32, goes with a weight that has `sums_O`. torch.compile and CUDA graphs take it as it is.
 
-    Raises ValueError for inputs or a bias of other shapes, dtypes or devices.
+    It has no backward. Raises ValueError for inputs or a bias that do not fit the weight.
     """
     refuse_misfits(codes_TI, weight.codes, weight.features, bias_O, "codes_TI")
     codes = torch.float8_e4m3fn if weight.kind == "float8" else torch.int8

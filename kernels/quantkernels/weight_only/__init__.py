@@ -43,7 +43,7 @@ def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
     dtype at most once; where the launch scales sums instead, not at all. `x_TI` has any strides
     and any number of rows, none among them. torch.compile and CUDA graphs take it as it is.
 
-    Raises ValueError for inputs or a bias of other shapes, dtypes or devices.
+    It has no backward. Raises ValueError for inputs or a bias that do not fit the weight.
     """
     refuse_misfits(x_TI, weight.codes_RPBW, weight.features, bias_O)
     if x_TI.device.type in FUSED_DEVICES:
