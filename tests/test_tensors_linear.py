@@ -66,7 +66,7 @@ def test_inputs_of_any_shape_and_strides(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 33), (17, 7), (5, 48), (1, 64)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (17, 1), (1, 33), (17, 7), (5, 48), (1, 64)])
 @pytest.mark.parametrize(
     "scheme", [form for form in FORMS if form.group_size is None], ids=Scheme.label
 )
