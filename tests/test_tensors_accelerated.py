@@ -10,6 +10,7 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from quantcore.schemes import Scheme
 from quantcore.tensors import Layout, kernels
@@ -65,3 +66,26 @@ def test_a_linear_is_within_rounding_of_float64(scheme: Scheme, layout: Layout) 
         smooth = (x.float() / ours.input_factor_I).half().float() * ours.input_factor_I
         assert relative(served(x), expected(smooth, ours, bias_O)) < 2.5e-3
     assert served(torch.zeros(0, 352, dtype=torch.float16)).shape == (0, 140)
+
+
+@pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="needs triton, and no GPU: it interprets"
+)
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("name", ["int8_dynamic", "int8_dynamic_int4"])
+def test_any_number_of_tokens_is_one_program_without_a_break(name: str) -> None:
+    layout = Layout.PLAIN if name == "int8_dynamic" else Layout.TRITON_TILED
+    scheme = Scheme(name=name, group_size=None if name == "int8_dynamic" else 32)
+    served = nn.Linear(96, 16, bias=False, device="meta")
+    ours = linear(scheme, 16, 96, stored=torch.float16)
+    served.weight = nn.Parameter(laid(ours, torch.float16, layout), requires_grad=False)
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(served, fullgraph=True, backend=counted)
+    with torch.no_grad():
+        for shape in ((4, 6, 96), (3, 5, 96), (2, 9, 96)):
+            x_BTI = tokens(*shape, dtype=torch.float16)
+            for dimension in (0, 1):
+                torch._dynamo.mark_dynamic(x_BTI, dimension)
+            assert torch.equal(compiled(x_BTI), served(x_BTI))
+    assert counted.frame_count == 1
+    torch._dynamo.reset()

@@ -40,8 +40,10 @@ def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype: bfloat16 or float16 on an accelerator, elsewhere any.
 
     Sums run in float32. A weight's value is its code times its scale, the product rounded to x's
-    dtype at most once; where the launch scales sums instead, not at all. `x_TI` has any strides
-    and any number of rows, none among them. torch.compile and CUDA graphs take it as it is.
+    dtype at most once; where the launch scales sums instead, not at all. Scales of groups whose
+    values are scaled, and float zero points, are read in x's dtype, in which artifacts have them.
+    `x_TI` has any strides and any number of rows, none among them; the bias any floating dtype.
+    torch.compile and CUDA graphs take it as it is.
 
     It has no backward. Raises ValueError for inputs or a bias that do not fit the weight.
     """
