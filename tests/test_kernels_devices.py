@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from quantkernels.rounding import InputGrid, by_scale, by_tensor, by_token
 from quantkernels.weight_only import dense, linear, pack
 from torch import Tensor
 
+from quantcore.schemes import Scheme
+from quantcore.tensors import QuantizedTensor, w8a8
+from tests.quantized import linear as quantized
 from tests.test_kernels_weight_only import weight_of
 
 
@@ -44,6 +48,30 @@ def test_the_device_of_the_first_argument_is_current_within(
     run(Placed(torch.device(kind, 0)), 5)
     run(Placed(torch.device("cpu")), 5)
     assert entered[3:] == ["run", "run"]
+
+
+@pytest.mark.parametrize(
+    ("of", "dtypes"),
+    [((8, 0), [torch.float16]), ((9, 0), [torch.float16, torch.bfloat16])],
+)
+def test_ptx_for_pairs_of_bfloat16_is_hoppers(
+    of: tuple[int, int], dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = pytest.importorskip("quantkernels.weight_only.fused")
+    monkeypatch.setattr(fused, "capability", lambda _: of)
+    weight, _ = weight_of("int4", 128, "affine", False, 8, 128)
+    for dtype in (torch.float16, torch.bfloat16):
+        for device in ("cuda:0", "meta"):
+            told = fused._codes(weight, dtype, torch.device(device), scaled=False)
+            assert bool(told["PTX"]) == (dtype in dtypes)
+
+
+def test_a_gpu_without_float8_multiplies_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = QuantizedTensor.of(quantized(Scheme(name="float8_dynamic"), 32, 64), torch.bfloat16)
+    x_TI: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    for of, takes in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(w8a8, "capability", lambda _, of=of: of)
+        assert w8a8.takes(x_TI, weight) == takes
 
 
 GRID = InputGrid("affine", -128, 127)

@@ -1,11 +1,12 @@
-"""Triton launches on the current device, whichever the tensors are on: theirs is made current.
+"""What kernels ask of a device, and that they run on it.
 
-A model that is spread over several GPUs calls its linears without a word about devices, as it may
-with torch's own operators.
+Triton launches on the current device, whichever the tensors are on: theirs is made current. A model
+that is spread over several GPUs calls its linears without a word about devices, as it may with
+torch's own operators.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -28,3 +29,11 @@ def on_its_device(function: Callable[_P, _T]) -> Callable[_P, _T]:
         return function(*args, **kwargs)
 
     return run
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """A CUDA GPU's; of what is only compiled, on "meta", the current one's, or Hopper's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)

@@ -8,7 +8,8 @@ its values in x's dtype before ("early"). Where a tile's columns are split into 
 writes its float32 sums, and the last to come adds them up in the order of the spans: the same bits
 in every run.
 
-PTX is for CUDA; elsewhere the same is said in plain operations. Shapes may be any: rows and columns
+PTX is for CUDA; elsewhere the same is said in plain operations, and for bfloat16 on GPUs before
+Hopper, which add and multiply no pairs of it. Shapes may be any: rows and columns
 are padded in the tiles, tokens and columns are masked.
 """
 
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.devices import on_its_device
+from quantkernels.devices import capability, on_its_device
 from quantkernels.launches import BITS, Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
@@ -145,6 +146,7 @@ def _codes(
     """What a kernel is compiled for, of codes and grid."""
     zero = "none" if weight.zero is None else weight.grid
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
+    ptx = ptx and (dtype == torch.float16 or capability(device) >= (9, 0))
     return {
         "BITS": BITS[weight.kind],
         "FLOAT8": weight.kind == "float8",
