@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -71,7 +71,12 @@ def test_without_a_gpu_it_says_so(
 class Pool:
     """In the place of processes."""
 
+    given_up: ClassVar[list[bool]] = []
+
     def __init__(self, **_: Any) -> None: ...
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        self.given_up.append(cancel_futures and not wait)
+
     def __enter__(self) -> "Pool":
         return self
 
@@ -92,10 +97,12 @@ def test_an_interrupted_search_leaves_a_whole_file(
             yield Tuned(shape=shape, launch=LAUNCH, time_us=10.0, dense_us=20.0)
 
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(Pool, "given_up", [])
     monkeypatch.setattr(tune, "compiling", lambda *_: [])
     monkeypatch.setattr(tune, "search", search)
     with pytest.raises(KeyboardInterrupt):
         tune.main([*FEW, "--out", str(out)])
+    assert Pool.given_up == [True]  # thousands of launches that wait to be compiled
     assert [entry.shape for entry in parse(out.read_text(), GPU, "")] == found[:2]
     assert json.loads(out.read_text())["versions"] == VERSIONS
 

@@ -63,11 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows, columns in options.shapes
             for of in options.of
         ]
-        for work in works:
-            for entry in search(work):
-                found[entry.shape] = entry
-                print(_line(entry), flush=True)  # noqa: T201 - a command
-            _write(out, _document(gpu, list(found.values())))
+        try:
+            for work in works:
+                for entry in search(work):
+                    found[entry.shape] = entry
+                    print(_line(entry), flush=True)  # noqa: T201 - a command
+                _write(out, _document(gpu, list(found.values())))
+        finally:  # what was interrupted compiles no more
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _write(out: Path, text: str) -> None:
