@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a Hopper GPU, which need not be there, and prints how it went.
+"""Compiles the Triton kernels for a GPU, mostly Hopper, which need not be there; tells how it went.
 
 In a process of its own: where tests run without a GPU, Triton interprets.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantkernels.weight_only.tiles import BITS, Codes
+from quantkernels.launches import BITS, Codes
 from quantkernels.weight_only.unpack import excess, unpacking
 
 POINTERS = {
@@ -41,6 +41,9 @@ CASES: list[Case] = [
     ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
     ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
     ("w8a8", "int4", 128, "none", False, {}),
+    ("product", "int4", 128, "none", False, {"TOKENS": 64, "num_warps": 8, "capability": 80}),
+    ("product", "int8", 0, "none", False, {"ROWS": 64, "capability": 80}),
+    ("w8a8", "int8", 0, "none", True, {"TILED": False, "capability": 80}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -104,7 +107,8 @@ def compiled(
     }
     source_of = GluonASTSource if name == "overlapped" else triton.compiler.ASTSource
     source = source_of(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    target = GPUTarget("cuda", other.get("capability", 90), 32)
+    made = triton.compile(source, target=target, options=options)
     tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     cubin = made.asm["cubin"]
     return {

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from quantkernels.launches import (
     Shape,
     Tuned,
     choose,
+    nearest,
     parse,
     usual,
 )
@@ -37,6 +38,7 @@ def nothing_remembered() -> Iterator[None]:
 
 def written(folder: Path, gpu: str, entries: list[Tuned], **versions: int) -> None:
     document = {
+        "gpu": gpu,
         "versions": {**VERSIONS, **versions},
         "launches": [entry.document() for entry in entries],
     }
@@ -113,6 +115,47 @@ def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) ->
     assert choose(replace(SHAPE, tokens=128), H200, 132) == OTHER
 
 
+def test_tokens_come_before_whose_multiprocessors_they_were(own: Path) -> None:
+    """A launch for 16 tokens at a time would read the weight twice for 32."""
+    few, some = replace(SHAPE, tokens=16), replace(SHAPE, tokens=32)
+    for_some = replace(LAUNCH, tokens=32)
+    written(own, "Some GPU", [tuned(few)])
+    written(own, "A sibling", [tuned(few, OTHER), tuned(some, for_some)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launches, "SIBLINGS", {"Some GPU": "A sibling"})
+        assert choose(few, "Some GPU", 100) == LAUNCH
+        for tokens in (17, 32):
+            assert choose(replace(SHAPE, tokens=tokens), "Some GPU", 100) == for_some
+
+
+def test_a_launch_for_many_tokens_is_one_for_more(own: Path) -> None:
+    many = replace(SHAPE, kernel="w8a8", codes="int8", group=0, tokens=2048)
+    for_many = replace(LAUNCH, tokens=128, split=1)
+    written(own, "Some GPU", [tuned(many, for_many), tuned(replace(many, tokens=512), OTHER)])
+    assert choose(replace(many, tokens=8192), "Some GPU", 100) == for_many
+    assert choose(replace(many, tokens=100_000), "Some GPU", 100) == for_many
+    assert choose(replace(many, tokens=256), "Some GPU", 100).other
+    assert choose(replace(many, tokens=16), "Some GPU", 100) == usual(replace(many, tokens=16), 100)
+
+
+@pytest.mark.parametrize("gpu", [H200, launches.SIBLINGS[H200]])
+@pytest.mark.parametrize("kernel", VERSIONS)
+def test_every_number_of_tokens_finds_what_was_searched(gpu: str, kernel: launches.Kernel) -> None:
+    for codes, group in (("int4", 128), ("int8", 0), ("float8", 0)):
+        if (kernel, codes) == ("w8a8", "int4"):  # which was not
+            continue
+        shape = replace(SHAPE, kernel=kernel, codes=codes, group=group)
+        for tokens in (1, 2, 3, 8, 9, 17, 40, 64, 100, 256, 500, 1000, 2048, 4096, 8192, 16_384):
+            assert nearest(replace(shape, tokens=tokens), gpu) is not None, (codes, tokens)
+
+
+def test_of_bytes_by_4_bits_no_one_else_has_a_product() -> None:
+    shape = replace(SHAPE, kernel="w8a8", group=32)
+    for tokens in (1, 300, 8192):
+        launch = usual(replace(shape, tokens=tokens), 132)
+        assert not launch.other and launch.tokens == min(128, max(16, tokens))
+
+
 def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
     written(own, "Some GPU", [tuned(SHAPE)])
     many = replace(SHAPE, tokens=200)
@@ -125,24 +168,91 @@ def test_far_shapes_and_gpus_without_data_take_what_is_usual(own: Path) -> None:
             assert 1 <= launch.split <= max(1, columns // launch.turn)
 
 
+def one(**changed: object) -> str:
+    """A file of one entry, with something amiss in it or in its launch."""
+    entry = tuned(SHAPE).document()
+    for name, value in changed.items():
+        (entry["launch"] if name in entry["launch"] and name != "rows" else entry)[name] = value
+    return json.dumps({"gpu": "Some GPU", "versions": VERSIONS, "launches": [entry]})
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("{", "Expecting"),
-        ("{}", "versions"),
-        ('{"versions": {"weight_only": 3}, "launches": [{"kernel": "weight_only"}]}', "codes"),
+        ("", "Expecting"),
+        ("[1]", "indices"),
+        ("{}", "nothing there is called 'gpu'"),
+        (b"\xff\xfe", "decode"),
+        ('{"gpu": "Some GPU", "launches": []}', "versions"),
+        ('{"gpu": "Some GPU", "versions": [3], "launches": []}', "attribute 'get'"),
+        ('{"gpu": "Some GPU", "versions": {"weight_only": 3}, "launches": [3]}', "subscriptable"),
+        (one(kernel="marlin"), "no kernel 'marlin'"),
+        (one(launch={"rows": 64}), "nothing there is called 'tokens'"),
+        (one(dense_us=None), "float"),
+        (one(time_us=float("nan")), "times that cannot be"),
+        (one(time_us=0), "times that cannot be"),
+        (one(rows="28672"), "a shape that cannot be"),
+        (one(columns=-1), "a shape that cannot be"),
+        (one(group=48), "a shape that cannot be"),
+        (one(split=2.5), "a launch that cannot be"),
+        (one(warps=4.0), "a launch that cannot be"),
+        (one(early="no"), "a launch that cannot be"),
+        (one(overlapped=True), "a launch that cannot be"),  # of 64 rows, by two warps
+        (one(stages=8, turn=256, launch=asdict(replace(LAUNCH, tokens=256, stages=8))), "memory"),
+        (one().replace("Some GPU", "Another"), "of 'Another', not of 'Some GPU'"),
     ],
+    ids=range(22),
 )
-def test_damaged_data_are_left_aside_with_a_warning(own: Path, text: str, words: str) -> None:
-    (own / launches.file_name("Some GPU")).write_text(text)
-    with pytest.warns(UserWarning, match=rf"Some_GPU.json are left aside .*{words}"):
+def test_damaged_data_are_left_aside_with_a_warning(
+    own: Path, text: str | bytes, words: str
+) -> None:
+    file = own / launches.file_name("Some GPU")
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.warns(UserWarning, match=rf"{own}/Some_GPU.json are left aside .*{words}") as told:
         assert choose(SHAPE, "Some GPU", 100) == usual(SHAPE, 100)
+        choose(replace(SHAPE, tokens=64), "Some GPU", 100)
+    assert len(told) == 1
+
+
+def test_a_folder_that_is_not_there_is_told(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(own / "elsewhere"))
+    with pytest.warns(UserWarning, match=f"elsewhere are left aside .{FOLDER_VARIABLE}"):
+        assert launches.load(H200)
+
+
+def test_own_data_go_before_those_shipped_which_stand_for_all_else(own: Path) -> None:
+    shipped = launches.load(H200)
+    launches._load.cache_clear()
+    first = shipped[0].shape
+    written(own, H200, [tuned(first)])
+    known = {entry.shape: entry for entry in launches.load(H200)}
+    assert known[first] == tuned(first)
+    assert [known[entry.shape] for entry in shipped[1:]] == shipped[1:]
+
+
+def test_own_data_of_another_version_leave_what_is_shipped(own: Path) -> None:
+    wanted = launches.load(H200)
+    launches._load.cache_clear()
+    written(own, H200, [tuned(SHAPE, OTHER)], weight_only=0)
+    with pytest.warns(UserWarning, match=f"{own}/NVIDIA_H200.json .*another version of weight_on"):
+        assert launches.load(H200) == wanted
+
+
+def test_a_planner_is_told_where_a_bfloat16_weight_is_faster(own: Path) -> None:
+    slow = replace(tuned(replace(SHAPE, tokens=256)), time_us=40.0)
+    written(own, "Some GPU", [tuned(SHAPE), slow])
+    for tokens, ratio in ((1, 2.0), (8, 2.0), (200, 0.5), (512, 0.5)):
+        found = nearest(replace(SHAPE, rows=4096, tokens=tokens), "Some GPU")
+        assert found is not None and found.ratio == ratio
+    assert nearest(replace(SHAPE, tokens=8192), "Some GPU") is None  # too far
+    assert nearest(SHAPE, "Another") is None
 
 
 def test_data_of_another_version_of_one_kernel_leave_those_of_others(own: Path) -> None:
     other = replace(SHAPE, kernel="w8a8", codes="int8", group=0)
     written(own, "Some GPU", [tuned(SHAPE), tuned(other)], weight_only=0)
-    with pytest.warns(UserWarning, match="another version of weight_only are left aside"):
+    with pytest.warns(UserWarning, match=r"Some_GPU.json .*of another version of weight_only\)"):
         assert choose(SHAPE, "Some GPU", 100) == usual(SHAPE, 100)
     assert choose(other, "Some GPU", 100) == LAUNCH
 
@@ -163,11 +273,13 @@ def test_bad_own_data_leave_what_is_shipped(own: Path) -> None:
 def test_what_is_shipped_can_be_read_and_is_better_than_dense() -> None:
     folder = files("quantkernels") / "tuned"
     shipped = [file for file in folder.iterdir() if file.name.endswith(".json")]
-    assert {file.name for file in shipped} >= {"NVIDIA_H200.json"}
+    assert {file.name for file in shipped} >= {"NVIDIA_H200.json", "NVIDIA_H100_80GB_HBM3.json"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for file in shipped:
-            entries = parse(file.read_text())
+            gpu = json.loads(file.read_text())["gpu"]
+            assert launches.file_name(gpu) == file.name
+            entries = parse(file.read_text(), gpu, file.name)
             shapes = [entry.shape for entry in entries]
             assert len(set(shapes)) == len(shapes)
             assert all(

@@ -179,6 +179,23 @@ def test_what_is_not_finite_is_not_lost(grid: InputGrid, whole: bool) -> None:
 
 
 @kernels
+@symmetric
+def test_the_largest_and_the_least_floats_have_scales(grid: InputGrid) -> None:
+    """Of what is finite a scale is, and twice as much over all the steps, where there is such."""
+    facts = torch.finfo(torch.float32)
+    largest_T = torch.tensor([facts.max, facts.max / 2, 3.7, facts.tiny * 300], device=DEVICE)
+    x_TI = random(4, 40).clamp(-1, 1) * largest_T[:, None]
+    x_TI[:, 5] = largest_T
+    doubled_T = largest_T.cpu() * 2 / torch.full((4,), float(grid.qmax - grid.qmin))
+    for run in (reference, fused):
+        codes_TI, scale_T1, _ = run.by_token(x_TI, grid)
+        assert scale_T1.isfinite().all()
+        assert torch.equal(scale_T1[1:, 0].cpu(), doubled_T[1:])
+        top = codes_TI.view(torch.uint8 if grid.name == "float8" else torch.int8)[:, 5]
+        assert top.tolist() == [0x7E if grid.name == "float8" else grid.qmax] * 4
+
+
+@kernels
 @grids
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,12 +7,13 @@ which knows no float8 product.
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from quantkernels.launches import Codes, Launch
-from quantkernels.w8a8 import reference
+from quantkernels.w8a8 import linear, reference, vendor
 from quantkernels.w8a8.tiles import Tiles8, pack_codes, pack_groups, unpack_codes
 from torch import Tensor
 
@@ -161,3 +162,84 @@ def test_the_kernel_is_the_formula(
         y_TO = fused.linear(*served, weight, bias_O, torch.float32, launch)
         most = 1e-3 if kind == "float8" else 2e-6
         assert relative(y_TO, wanted(kind, served, w_OI, bias_O)) < most
+
+
+@needs_triton
+@pytest.mark.parametrize("columns", [96, 300, 576])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("rows", [256, 300])
+def test_rows_of_every_block_find_their_groups(rows: int, size: int, columns: int) -> None:
+    """Scales are padded to 256 columns and codes to 128: widths of an odd number of tiles."""
+    from quantkernels.w8a8 import fused
+
+    columns = max(columns // size, 1) * size
+    weight, w_OI = weight_of("int4", size, True, rows, columns)
+    served = inputs_of("int4", True, False, 5, columns)
+    nothing_O = torch.zeros(rows, device=DEVICE)
+    for launch in (*LAUNCHES, replace(LAUNCHES[1], rows=256)):
+        y_TO = fused.linear(*served, weight, None, torch.float32, launch)
+        assert relative(y_TO, wanted("int4", served, w_OI, nothing_O)) < 2e-6
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_read_by_it() -> None:
+    weight, _ = weight_of("int4", 32, True, 24, 128)
+    codes_TI, scale_T, zero_T = inputs_of("int4", True, False, 3, 128)
+    for given, words in (
+        ((codes_TI[:, 1:], scale_T, zero_T), r"codes_TI is \(3, 127\): write \(T, 128\)"),
+        ((codes_TI.float(), scale_T, zero_T), "codes_TI is torch.float32: write torch.int8"),
+        ((codes_TI, scale_T[:2], zero_T), "2 scales for 3 tokens: write one of each, or one"),
+        ((codes_TI, scale_T, zero_T[:1]), "1 zero points for 3 tokens: write one of each"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear(*given, weight)
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids=str)
+def test_the_operator_is_what_torch_asks_of_one(form: tuple[Codes, int | None, bool, bool]) -> None:
+    kind, size, zero, one = form
+    weight, _ = weight_of(kind, size, zero, 24, 128)
+    served = inputs_of(kind, zero, one, 3, 128)
+    bias_O = torch.zeros(24, device=DEVICE)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    of_weight = (weight.codes, weight.scale, weight.sums_O, bias_O, kind, weight.group)
+    torch.library.opcheck(
+        torch.ops.quantkernels.w8a8_linear.default,
+        (*served, *of_weight, *weight.features, torch.bfloat16),
+        # the schema's check adds inputs up, which no float8 can
+        test_utils=checks if kind == "float8" else ["test_schema", *checks],
+    )
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids=str)
+def test_any_number_of_tokens_is_one_program(form: tuple[Codes, int | None, bool, bool]) -> None:
+    kind, size, zero, one = form
+    weight, _ = weight_of(kind, size, zero, 24, 128)
+    tokens = torch.export.Dim("tokens")
+    each = None if one else {0: tokens}
+    free = {"codes_TI": {0: tokens}, "scale_T": each, "zero_T": {0: tokens} if zero else None}
+
+    class Product(torch.nn.Module):
+        def forward(self, codes_TI: Tensor, scale_T: Tensor, zero_T: Tensor | None) -> Tensor:
+            return linear(codes_TI, scale_T, zero_T, weight)
+
+    example = inputs_of(kind, zero, one, 3, 128)
+    program = torch.export.export(Product(), example, dynamic_shapes=free).module()
+    for count in (1, 2, 40):
+        served = inputs_of(kind, zero, one, count, 128)
+        assert torch.equal(program(*served), linear(*served, weight))
+
+
+def test_no_tokens_make_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("a dense weight of a head is two gigabytes")
+
+    monkeypatch.setattr("quantkernels.w8a8.FUSED_DEVICES", (DEVICE,))
+    monkeypatch.setattr(reference, "values", refused)
+    weight, _ = weight_of("int8", None, False, 8, 64)
+    y_TO = linear(*inputs_of("int8", False, False, 0, 64), weight, torch.ones(8, device=DEVICE))
+    assert y_TO.shape == (0, 8) and y_TO.dtype == torch.bfloat16
+
+
+def test_torchs_own_products_are_those_of_cuda() -> None:
+    weight, _ = weight_of("int8", None, False, 16, 64, tiled=False)
+    assert vendor.takes(torch.empty(3, 64, device=DEVICE), weight, torch.bfloat16) == ON_GPU

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from quantkernels.launches import Codes, Launch
+from quantkernels.launches import OTHER, Codes, Launch
 from quantkernels.weight_only import dense, linear, reference
 from quantkernels.weight_only.tiles import (
     Tiles,
@@ -258,6 +258,86 @@ def test_no_tokens_and_no_rows_give_nothing() -> None:
     weight, _ = weight_of("int4", 32, "affine", False, 8, 64)
     assert linear(inputs(0, 64, torch.float16), weight).shape == (0, 8)
     assert dense(weight, torch.float32).shape == (8, 64)
+
+
+@needs_triton
+def test_no_tokens_make_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantkernels.weight_only import fused
+
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("a dense weight of a head is a gigabyte")
+
+    monkeypatch.setattr("quantkernels.weight_only.FUSED_DEVICES", (DEVICE,))
+    for place in ((reference, "dense"), (fused, "dense"), (torch.nn.functional, "linear")):
+        monkeypatch.setattr(*place, refused)
+    weight, _ = weight_of("int4", 32, "affine", False, 8, 64)
+    bias_O = torch.ones(8, device=DEVICE)
+    y_TO = linear(inputs(0, 64, torch.float16), weight, bias_O)
+    assert y_TO.shape == (0, 8) and y_TO.dtype == torch.float16
+
+
+@needs_triton
+@pytest.mark.parametrize("launch", [SMALL, OTHER], ids=["ours", "dense"])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_bias_has_any_floating_dtype(
+    launch: Launch, accelerated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if accelerated:
+        monkeypatch.setattr("quantkernels.weight_only.FUSED_DEVICES", (DEVICE,))
+    monkeypatch.setattr("quantkernels.weight_only.gpu_of", lambda _: ("", 1))
+    monkeypatch.setattr("quantkernels.weight_only.launch_of", lambda *_: launch)
+    weight, w_OI = weight_of("int8", None, "affine", False, 8, 64)
+    x_TI, bias_O = inputs(3, 64, torch.float16), inputs(1, 8, torch.float32)[0]
+    y_TO = linear(x_TI, weight, bias_O)
+    wanted_TO = x_TI.double().cpu().numpy() @ w_OI.T + bias_O.double().cpu().numpy()
+    assert y_TO.dtype == torch.float16 and relative(y_TO, wanted_TO) < 1e-3
+
+
+@needs_triton
+def test_rows_that_share_memory_and_columns_far_apart_are_copied() -> None:
+    """Of an expanded row the accelerator of memory has no rows; in 32 bits far columns overflow."""
+    from quantkernels.weight_only import fused
+
+    one_TI = inputs(1, 64, torch.float16)
+    assert fused.apart(one_TI.expand(40, 64)).stride() == (64, 1)
+    windows_TI = inputs(1, 256, torch.float16)[0].unfold(0, 64, 8)
+    assert torch.equal(fused.apart(windows_TI), windows_TI)
+    assert fused.apart(windows_TI).stride() == (64, 1)
+    far_TI = torch.empty(64, 1 << 25, dtype=torch.float16, device="meta").t()
+    assert fused.apart(far_TI).stride() == (64, 1)
+    for x_TI in (one_TI, one_TI[:, :32], inputs(64, 40, torch.float16).t()):
+        assert fused.apart(x_TI) is x_TI
+    weight, w_OI = weight_of("int8", None, "affine", False, 8, 64)
+    y_TO = fused.linear(windows_TI, weight, None, SMALL)
+    assert relative(y_TO, windows_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
+
+
+@pytest.mark.parametrize(
+    ("x_TI", "bias_O", "words"),
+    [
+        (torch.zeros(3, 64), None, r"x is \(3, 64\): write \(T, 128\) for a weight of 24 by 128"),
+        (torch.zeros(3, 256), None, r"x is \(3, 256\)"),
+        (torch.zeros(128), None, r"x is \(128,\): write \(T, 128\)"),
+        (torch.zeros(3, 128), torch.zeros(1), r"bias is \(1,\): write \(24,\)"),
+        (torch.zeros(3, 128), torch.zeros(24, device="meta"), "the bias on meta: write .to()"),
+        (torch.zeros(3, 128, device="meta"), None, f"x is on meta and the weight on {DEVICE}"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_before_memory_is_read_by_it(
+    x_TI: Tensor, bias_O: Tensor | None, words: str
+) -> None:
+    weight, _ = weight_of("int4", 64, "affine", False, 24, 128)
+    given = [t if t is None or t.is_meta else t.to(DEVICE, torch.bfloat16) for t in (x_TI, bias_O)]
+    with pytest.raises(ValueError, match=words):
+        linear(given[0], weight, given[1])
+
+
+def test_an_accelerator_takes_inputs_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkernels.weight_only.FUSED_DEVICES", (DEVICE,))
+    weight, _ = weight_of("int4", 64, "affine", False, 24, 128)
+    with pytest.raises(ValueError, match=r"x is torch.float32: write torch.bfloat16 or"):
+        linear(inputs(3, 128, torch.float32), weight)
 
 
 @pytest.mark.parametrize("zero", [False, True])

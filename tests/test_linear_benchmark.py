@@ -109,6 +109,23 @@ def test_figures_of_two_machines_do_not_mix(tmp_path: Path) -> None:
         linear_gpu.main([*CPU, "--shapes", "64x128", "--kernels", "int5"])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("out.json", "{", "out.json is no document of this command's .Expecting"),
+        ("out.json", "{}", "out.json is no document of this command's .'shapes'"),
+        ("nowhere/out.json", None, "nowhere/out.json is in no folder that is there"),
+    ],
+)
+def test_a_document_that_cannot_be_is_refused_before_anything_is_timed(
+    tmp_path: Path, name: str, text: str | None, words: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=words):
+        linear_gpu.main([*CPU, "--shapes", "64x128", "--json", str(tmp_path / name)])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_are_packed_in_the_order_of_gptq(bits: int) -> None:
     codes_OI = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (24, 64), dtype=torch.int8)

@@ -36,3 +36,21 @@ def test_a_kernel_that_is_wrong_does_not_pass_the_gate(monkeypatch: pytest.Monke
     monkeypatch.setattr("quantcore.tensors.operators.multiply", wrong)
     with pytest.raises(AssertionError, match="int8 of 1 tokens is off"):
         measured(64, 128, (1,), False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "4096"], "4096: write rows by 16 and columns by 128, as 4096x14336"),
+        (["--shapes", "0x128"], "0: write a number of 1 or more"),
+        (["--shapes", "64x100"], "64x100: write rows by 16 and columns by 128"),
+        (["--tokens", "0"], "0: write a number of 1 or more"),
+        (["--json", "nowhere/out.json"], "nowhere/out.json: write a file in a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        linear_cpu.main(arguments)
+    assert words in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_inputs_of_any_shape_and_strides(scheme: Scheme) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 33), (17, 7), (5, 48), (1, 64)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (17, 1), (1, 33), (17, 7), (5, 48), (1, 64)])
 @pytest.mark.parametrize(
     "scheme", [form for form in FORMS if form.group_size is None], ids=Scheme.label
 )
@@ -95,6 +95,14 @@ def test_matmul_mm_and_addmm_are_the_same_product() -> None:
     for other in (lambda: tokens(3, 32, dtype=torch.float32) @ weight, lambda: weight @ x_TI.t()):
         with pytest.raises(NotImplementedError, match="write"):
             other()
+
+
+@pytest.mark.parametrize("scheme", FORMS, ids=Scheme.label)
+def test_on_the_meta_device_shapes_are_known(scheme: Scheme) -> None:
+    weight = QuantizedTensor.of(linear(scheme, 32, 64), torch.bfloat16).to("meta")
+    x_BTI = torch.empty(2, 5, 64, dtype=torch.bfloat16, device="meta")
+    y_BTO = module(weight, None)(x_BTI)
+    assert (y_BTO.shape, y_BTO.dtype, y_BTO.is_meta) == ((2, 5, 32), torch.bfloat16, True)
 
 
 def test_inputs_that_need_gradients_pass_through() -> None:

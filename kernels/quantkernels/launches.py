@@ -2,9 +2,14 @@
 
 Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
 entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
-bfloat16 product took. A shape that was not tuned takes the nearest that was, from a GPU of the same
-multiprocessors where its own has none for about as many tokens; without data it takes what is
-usual. Data of another version of a kernel are left aside with a warning, and so is a damaged file.
+bfloat16 product took. A shape that was not tuned takes the nearest that was, tokens first, from a
+GPU of the same multiprocessors where its own has none for as many; without data it takes what is
+usual. Data of another version of a kernel are left aside with a warning, and so is a file that is
+damaged or another GPU's. `nearest` tells a planner where a bfloat16 weight is faster:
+
+    found = nearest(Shape(kernel="weight_only", codes="int4", group=128, rows=6144, columns=4096,
+                          tokens=512), "NVIDIA H200")
+    found is None or found.ratio > 1
 
 This is for products that serve. The kernels of calibration are not chosen by time (bits.py); here
 the order of a product's sums may differ from GPU to GPU, as it does with a vendor's library.
@@ -14,7 +19,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -29,6 +34,9 @@ Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 # raised whenever a launch that was tuned may no longer be the best, or be one
 VERSIONS: dict[Kernel, int] = {"weight_only": 3, "w8a8": 1}
+BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
+INPUT_BYTES: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
+SHARED_BYTES = 227 << 10  # of a multiprocessor, at most
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 _FEW = 64  # tokens
@@ -55,7 +63,10 @@ class Launch:
             and self.turn in (64, 128, 256)
             and 1 <= self.stages <= 8
             and self.warps in (1, 2, 4, 8, 16)
+            and all(type(getattr(self, field.name)) is field.type for field in fields(self))
         )
+        if good and self.overlapped:  # whole groups of four warps, by tiles of theirs
+            good = self.rows >= 128 and self.tokens >= 64 and self.warps in (4, 8)
         if not good:
             raise ValueError(f"a launch that cannot be: {self}")
 
@@ -84,6 +95,11 @@ class Tuned:
     time_us: float
     dense_us: float  # of the same product by a bfloat16 weight
 
+    @property
+    def ratio(self) -> float:
+        """Above 1 it is faster than a bfloat16 weight."""
+        return self.dense_us / self.time_us
+
     def document(self) -> dict[str, Any]:
         times = {"time_us": self.time_us, "dense_us": self.dense_us}
         return {**asdict(self.shape), "launch": asdict(self.launch), **times}
@@ -93,12 +109,23 @@ class Tuned:
         shape = Shape(**{field.name: document[field.name] for field in fields(Shape)})
         if shape.kernel not in VERSIONS or shape.codes not in get_args(Codes):
             raise ValueError(f"no kernel {shape.kernel!r} for codes {shape.codes!r}")
-        return cls(
-            shape=shape,
-            launch=Launch.of(document["launch"]),
-            time_us=float(document["time_us"]),
-            dense_us=float(document["dense_us"]),
-        )
+        sizes = (shape.rows, shape.columns, shape.tokens)
+        if shape.group not in (0, 32, 64, 128) or any(type(s) is not int or s < 1 for s in sizes):
+            raise ValueError(f"a shape that cannot be: {shape}")
+        launch = Launch.of(document["launch"])
+        if not launch.other and shared_bytes(launch, shape) > SHARED_BYTES:
+            raise ValueError(f"a launch that needs more memory than there is: {launch}")
+        times = {name: float(document[name]) for name in ("time_us", "dense_us")}
+        if not all(0 < time < math.inf for time in times.values()):
+            raise ValueError(f"times that cannot be: {times}")
+        return cls(shape=shape, launch=launch, **times)
+
+
+def shared_bytes(launch: Launch, shape: Shape) -> int:
+    """What a multiprocessor keeps of codes and inputs on their way, at most."""
+    codes = launch.turn * launch.rows * BITS[shape.codes] // 8
+    inputs = launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]
+    return (codes + inputs) * launch.stages
 
 
 class Tiled(Protocol):
@@ -129,11 +156,23 @@ def launch_of(kernel: Kernel, tokens: int, weight: Tiled, gpu: Gpu) -> Launch:
 @cache
 def choose(shape: Shape, gpu: str, units: int) -> Launch:
     """The launch for a shape, on a GPU by its name and its number of multiprocessors."""
-    known = _known(shape, gpu) or _known(shape, SIBLINGS.get(gpu, ""))
-    if not known:
+    known = nearest(shape, gpu)
+    if known is None:
         return usual(shape, units)
-    nearest = min(known, key=lambda entry: _distance(entry.shape, shape))
-    return nearest.launch if nearest.launch.other else _fitted(nearest, shape, units)
+    return known.launch if known.launch.other else _fitted(known, shape, units)
+
+
+def nearest(shape: Shape, gpu: str) -> Tuned | None:
+    """What is known of the nearest shape, on a GPU by its name; None without data."""
+    own = [(entry, False) for entry in _known(shape, gpu)]
+    siblings = [(entry, True) for entry in _known(shape, SIBLINGS.get(gpu, ""))]
+
+    def distance(found: tuple[Tuned, bool]) -> tuple[float, ...]:
+        entry, sibling = found
+        apart, more, *rest = _distance(entry.shape, shape)
+        return apart, more, sibling, *rest
+
+    return min((*own, *siblings), key=distance, default=(None, False))[0]
 
 
 def _known(shape: Shape, gpu: str) -> list[Tuned]:
@@ -147,8 +186,11 @@ def _known(shape: Shape, gpu: str) -> list[Tuned]:
 
 
 def usual(shape: Shape, units: int) -> Launch:
-    """Without data: programs for every multiprocessor; no kernel of ours where products bind."""
-    if shape.tokens > 256:
+    """Without data: programs for every multiprocessor; no kernel of ours where products bind.
+
+    But of bytes by 4 bits nobody else has any.
+    """
+    if shape.tokens > 256 and (shape.kernel, shape.codes) != ("w8a8", "int4"):
         return OTHER
     tokens = max(16, 1 << (shape.tokens - 1).bit_length())
     wide = tokens >= 64
@@ -168,49 +210,55 @@ def usual(shape: Shape, units: int) -> Launch:
 
 
 def load(gpu: str) -> list[Tuned]:
-    """What is known of a GPU: from the folder that the environment names, else as shipped."""
+    """What is known of a GPU, as shipped; before that, from the folder the environment names."""
     return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))
 
 
 @cache
 def _load(gpu: str, folder: str) -> list[Tuned]:
     name = file_name(gpu)
-    shipped = files("quantkernels") / "tuned" / name
-    own = Path(folder) / name if folder else None
-    for text in _texts([own, shipped]):
+    places: list[Any] = [files("quantkernels") / "tuned" / name]
+    if folder and not Path(folder).is_dir():
+        _left_aside(folder, f"{FOLDER_VARIABLE} names what is no folder")
+    elif folder:
+        places.append(Path(folder) / name)
+    found: dict[Shape, Tuned] = {}
+    for place in places:
         try:
-            return parse(text)
-        except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(
-                f"tuned launches in {name} are left aside ({error}): make them anew with "
-                "python -m quantkernels.tune",
-                stacklevel=2,
-            )
-    return []
+            entries = parse(place.read_text(), gpu, str(place)) if place.is_file() else []
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            missing = "nothing there is called " if isinstance(error, KeyError) else ""
+            _left_aside(str(place), f"{missing}{error}")
+        else:
+            found |= {entry.shape: entry for entry in entries}
+    return list(found.values())
 
 
-def parse(text: str) -> list[Tuned]:
-    """Raises ValueError, KeyError or TypeError for data that are damaged."""
+def _left_aside(place: str, why: str) -> None:
+    warnings.warn(
+        f"tuned launches in {place} are left aside ({why}): make them anew with "
+        "python -m quantkernels.tune",
+        stacklevel=2,
+    )
+
+
+def parse(text: str, gpu: str, place: str) -> list[Tuned]:
+    """What a file has of a GPU, without what is of other versions of kernels, told by a warning.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for data that are damaged.
+    """
     document = json.loads(text)
-    old = [name for name, version in VERSIONS.items() if document["versions"].get(name) != version]
-    entries = [entry for entry in document["launches"] if entry["kernel"] not in old]
-    if len(entries) < len(document["launches"]):
-        warnings.warn(
-            f"tuned launches of another version of {' and '.join(old)} are left aside: make them "
-            "anew with python -m quantkernels.tune",
-            stacklevel=2,
-        )
-    return [Tuned.of(entry) for entry in entries]
+    if document["gpu"] != gpu:
+        raise ValueError(f"of {document['gpu']!r}, not of {gpu!r}")
+    kernels, versions = [entry["kernel"] for entry in document["launches"]], document["versions"]
+    old = [name for name in VERSIONS if versions.get(name) != VERSIONS[name] and name in kernels]
+    if old:
+        _left_aside(place, f"those of another version of {' and '.join(old)}")
+    return [Tuned.of(entry) for entry in document["launches"] if entry["kernel"] not in old]
 
 
 def file_name(gpu: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in gpu) + ".json"
-
-
-def _texts(places: Iterable[Any]) -> Iterable[str]:
-    for place in places:
-        if place is not None and place.is_file():
-            yield place.read_text()
 
 
 def _distance(one: Shape, other: Shape) -> tuple[float, ...]:
@@ -234,19 +282,19 @@ def tokens_apart(one: Shape, other: Shape) -> int:
     return abs(heights[0] - heights[1])
 
 
-def _fitted(nearest: Tuned, shape: Shape, units: int) -> Launch:
+def _fitted(known: Tuned, shape: Shape, units: int) -> Launch:
     """As many programs as the nearest shape's launch had, by another split.
 
     Of the overlapped ones a multiprocessor takes one at a time: more spans than give each one are
     work for nothing. A launch that was not split had as many as the shape makes, and says nothing
     of how many are wanted: a few for each multiprocessor.
     """
-    launch = nearest.launch
+    launch = known.launch
 
     def tiles_of(rows: int, tokens: int) -> int:
         return -(-rows // launch.rows) * -(-tokens // launch.tokens)
 
-    programs = tiles_of(nearest.shape.rows, nearest.shape.tokens) * launch.split
+    programs = tiles_of(known.shape.rows, known.shape.tokens) * launch.split
     if launch.overlapped or launch.split == 1:
         each = 1 if launch.overlapped else 2 if launch.tokens >= _FEW else 4
         programs = min(programs, units * each)

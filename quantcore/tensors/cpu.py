@@ -68,7 +68,8 @@ def int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor
 
 
 def takes_int8_by_int8(x_TI: Tensor, weight: QuantizedTensor) -> bool:
-    return x_TI.dtype in FLOATS
+    """Of a single column torch reads memory that is not the weight's."""
+    return x_TI.dtype in FLOATS and weight.facts.features[1] > 1
 
 
 def int8_by_int8(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:

@@ -250,6 +250,7 @@ def _at_once(x: Tensor, weight: QuantizedTensor) -> bool:
         torch.compiler.is_compiling()
         or weight.facts.transposed
         or (x.requires_grad and torch.is_grad_enabled())
+        or x.device.type == "meta"  # which knows no autocast
         or torch.is_autocast_enabled(x.device.type)
     )
 

@@ -8,6 +8,7 @@ is multiplied otherwise. Any shape, any of three floating dtypes.
 import torch
 from quantkernels import launches
 from quantkernels import w8a8 as kernels
+from quantkernels.devices import capability
 from quantkernels.launches import Gpu, Launch
 from quantkernels.w8a8 import Tiles8, linear
 from quantkernels.weight_only import FUSED_DTYPES
@@ -25,7 +26,9 @@ from quantcore.tensors.weight_only import codes_kind
 def takes(x_TI: Tensor, weight: QuantizedTensor) -> bool:
     activations = weight.scheme.activations
     if activations is not None and isinstance(activations.grid, FloatGrid):
-        return x_TI.dtype in FUSED_DTYPES
+        # GPUs before these have no float8
+        known = x_TI.device.type != "cuda" or capability(x_TI.device) >= (8, 9)
+        return known and x_TI.dtype in FUSED_DTYPES
     return x_TI.dtype in FLOATS
 
 

@@ -19,7 +19,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -209,22 +209,34 @@ def overhead_us(row: Row) -> tuple[float, float]:
     return whole, inner
 
 
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if columns.isdigit() and int(columns) % 128 == 0 and rows.isdigit() and int(rows) % 16 == 0:
+        return _count(rows), _count(columns)
+    raise argparse.ArgumentTypeError(f"{text}: write rows by 16 and columns by 128, as 4096x14336")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: write a number of 1 or more")
+    return int(text)
+
+
 @torch.no_grad()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", help="rows x columns, as 4096x14336")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
+    parser.add_argument("--tokens", type=_count, nargs="+", default=TOKENS)
+    parser.add_argument("--threads", type=_count, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a row, a round")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: write a file in a folder that is there")
     torch.set_num_threads(options.threads)
-    shapes = SHAPES
-    if options.shapes:
-        shapes = tuple(tuple(map(int, shape.split("x"))) for shape in options.shapes)
     figures = []
-    for rows, columns in shapes:
+    for rows, columns in options.shapes:
         figures += measured(rows, columns, options.tokens, options.compile, options.seconds)
         torch._dynamo.reset()
     kind = hardware_kind("cpu")

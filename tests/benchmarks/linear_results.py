@@ -28,12 +28,19 @@ def machine(device: str) -> dict[str, str]:
 
 
 def known(path: Path | None, here: dict[str, str]) -> Shapes:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise SystemExit(f"--json: {path} is in no folder that is there: make it first")
     if path is None or not path.exists():
         return {}
-    document = json.loads(path.read_text())
-    if document["machine"] != here:
-        raise SystemExit(f"--json: {path} is of {document['machine']}: write another name")
-    return {(shape["rows"], shape["columns"]): shape for shape in document["shapes"]}
+    try:
+        document = json.loads(path.read_text())
+        shapes = {(shape["rows"], shape["columns"]): shape for shape in document["shapes"]}
+        of = document["machine"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--json: {path} is no document of this command's ({error})") from None
+    if of != here:
+        raise SystemExit(f"--json: {path} is of {of}: write another name")
+    return shapes
 
 
 def joined(

@@ -10,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import NORM_VALUES_PER_WARP
+from quantkernels.devices import on_its_device
 
 PRODUCT_BLOCK = 2048
 ROTATED_VALUES = 4096  # of one program, about
 MOST_WARPS = 16
 
 
+@on_its_device
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
     width = x.shape[-1]
     assert len(weight_I) == width
@@ -42,6 +44,7 @@ def norm_warps(block: int) -> int:
     return max(1, min(MOST_WARPS, block // NORM_VALUES_PER_WARP))
 
 
+@on_its_device
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.shape == up.shape and gate.dtype == up.dtype
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -58,6 +61,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
     sequences, heads, length, values = x_BHLD.shape
     assert values % 2 == 0 and cos_BLD.shape == sin_BLD.shape

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import GRAM_PIECE, GRAM_STEP
+from quantkernels.devices import on_its_device
 
 GROUP_ROWS = 8  # rows of tiles whose tiles run side by side
 ALIGNED_BYTES = 16  # a copy into shared memory moves this much at once
@@ -24,10 +25,12 @@ ROOMY_BYTES = 150_000  # of shared memory, which NARROW and WIDE need
 CHECK_ROWS, CHECK_COLUMNS = 4, 1024
 
 
+@on_its_device
 def gram(x_TI: Tensor, out_II: Tensor) -> Tensor:
     return _gram(x_TI, out_II, None, None)
 
 
+@on_its_device
 def gram_of_finite(x_TI: Tensor, out_II: Tensor) -> Tensor:
     tokens, width = x_TI.shape
     keep_T = torch.empty(tokens, dtype=torch.int32, device=x_TI.device)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import RANGE_CHUNK
+from quantkernels.devices import on_its_device
 from quantkernels.nearest import to_whole
 from quantkernels.ranges.reference import AffineRange
 
@@ -16,6 +17,7 @@ WEIGHTS = 2048  # that one program holds at a time
 STORED = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+@on_its_device
 def search(
     w_OGI: Tensor, importance_GI: Tensor, kind: AffineRange, shrink_S: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -304,8 +304,9 @@ def _turned(bits):
 def _range(high, low, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr):
     high = _turned(high).to(tl.float32, bitcast=True)
     low = _turned(low).to(tl.float32, bitcast=True)
-    span = high * 2.0 if SYMMETRIC else high - low
-    scale = tl.math.div_rn(span, tl.zeros_like(span) + (QMAX - QMIN))
+    span = high if SYMMETRIC else high - low
+    steps: tl.constexpr = (QMAX - QMIN) / 2 if SYMMETRIC else QMAX - QMIN
+    scale = tl.math.div_rn(span, tl.zeros_like(span) + steps)
     scale = tl.where(scale == 0, 1.0, scale)
     zero = tl.zeros_like(scale)
     if not SYMMETRIC:

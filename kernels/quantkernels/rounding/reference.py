@@ -67,7 +67,7 @@ def norm(
 def _range(low: Tensor, high: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor]:
     steps = torch.full_like(low, grid.qmax - grid.qmin)
     if grid.symmetric:
-        scale = torch.maximum(-low, high) * 2 / steps
+        scale = torch.maximum(-low, high) / (steps / 2)  # twice the largest float is none
         return torch.where(scale == 0, 1.0, scale), torch.zeros_like(scale)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / steps

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import SWEEP_COLUMNS, SWEEP_PRECISION, SWEEP_SPAN, SWEEP_STEP
+from quantkernels.devices import on_its_device
 from quantkernels.nearest import to_float8, to_whole
 from quantkernels.sweep.reference import Columns
 
@@ -32,6 +33,7 @@ UPDATE_INPUTS, UPDATE_ROWS = 128, 128
 NEIGHBOURS = 8  # tiles of rows that run side by side and share a tile of V
 
 
+@on_its_device
 def sweep_by_root(w_IO: Tensor, root_II: Tensor, columns: Columns, block_columns: int) -> Tensor:
     """Codes, int8 (I, O); `w_IO` ends as the differences D between weights and their values."""
     width, rows = w_IO.shape

@@ -6,18 +6,21 @@
 For each shape, kind of codes and number of tokens, launches are compiled in as many processes as
 there are processors, held to the dense product, and timed: several copies of the weight, more than
 the cache holds, one after another in a CUDA graph; the median of some replays. A bfloat16 weight's
-product is timed the same way beside. What the file holds of other shapes is kept. Without --out it
-is the file that the package ships. With --familiar only those are tried that are in the file as the
-best of other shapes, which takes a second or two for each combination in place of five.
+product is timed the same way beside. What the file holds of other shapes is kept, and it is whole
+whenever the search is interrupted. Without --out it is the file that the package ships. A folder of
+such files is read where QUANTFLEET_TUNED names it. With --familiar only those launches are tried
+that are in the file as the best of other shapes: a second or two for each combination, not five.
 """
 
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -26,6 +29,7 @@ import torch
 from quantkernels.launches import (
     VERSIONS,
     Codes,
+    Kernel,
     Shape,
     Tuned,
     file_name,
@@ -46,11 +50,10 @@ ALL: list[Of] = [
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 
-def main() -> None:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, known = _options(arguments)
     out: Path = options.out
     gpu = torch.cuda.get_device_name()
-    known = parse(out.read_text()) if out.exists() else []
     found: dict[Shape, Tuned] = {entry.shape: entry for entry in known}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         works = [
@@ -67,11 +70,24 @@ def main() -> None:
             for rows, columns in options.shapes
             for of in options.of
         ]
-        for work in works:
-            for entry in search(work):
-                found[entry.shape] = entry
-                print(_line(entry), flush=True)  # noqa: T201 - a command
-            out.write_text(_document(gpu, list(found.values())))
+        try:
+            for work in works:
+                for entry in search(work):
+                    found[entry.shape] = entry
+                    print(_line(entry), flush=True)  # noqa: T201 - a command
+                _write(out, _document(gpu, list(found.values())))
+        finally:  # what was interrupted compiles no more
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(out: Path, text: str) -> None:
+    """All of it or nothing, whatever happens meanwhile."""
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        part.write_text(text)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _shapes(rows: int, columns: int, of: Of, tokens: Iterable[int]) -> list[Shape]:
@@ -110,30 +126,57 @@ def _document(gpu: str, entries: list[Tuned]) -> str:
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
+    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+        raise argparse.ArgumentTypeError(f"{text}: write ROWSxCOLUMNS, as 28672x4096")
     return int(rows), int(columns)
 
 
 def _of(text: str) -> Of:
-    kernel, codes, group = [*text.split("/"), "0"][:3]
-    if kernel not in VERSIONS or codes not in get_args(Codes):
-        raise argparse.ArgumentTypeError(f"{text}: write KERNEL/CODES or KERNEL/CODES/GROUP")
-    return kernel, cast(Codes, codes), int(group)
+    parts = text.split("/")
+    kernel, codes, group = [*parts, "0"][:3] if 2 <= len(parts) <= 3 else ("", "", "")
+    known = kernel in VERSIONS and codes in get_args(Codes)
+    if not known or group not in ("0", "32", "64", "128"):
+        raise argparse.ArgumentTypeError(
+            f"{text}: write KERNEL/CODES or KERNEL/CODES/GROUP, of {', '.join(VERSIONS)}; "
+            f"{', '.join(get_args(Codes))}; 32, 64 or 128 columns"
+        )
+    return cast(Kernel, kernel), cast(Codes, codes), int(group)
 
 
-def _options() -> argparse.Namespace:
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: write a number of 1 or more")
+    return int(text)
+
+
+def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Tuned]]:
+    """What is asked for, and what is known already; what may be refused is before the search."""
     parser = argparse.ArgumentParser(description=__doc__)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
-    shipped = Path(__file__).parents[1] / "tuned" / file_name(gpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    shipped = Path(__file__).parents[1] / "tuned" / file_name(gpu or "GPU")
     parser.add_argument("--out", type=Path, default=shipped)
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES)
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--of", type=_of, nargs="+", default=ALL, help="weight_only/int4/128 ...")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--most", type=int, default=150, help="launches tried of each")
+    parser.add_argument("--tokens", type=_count, nargs="+", default=TOKENS)
+    parser.add_argument("--most", type=_count, default=150, help="launches tried of each")
     parser.add_argument(
         "--familiar", action="store_true", help="only launches that are best of another shape"
     )
-    parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
-    return parser.parse_args()
+    parser.add_argument("--processes", type=_count, default=multiprocessing.cpu_count())
+    options = parser.parse_args(arguments)
+    out: Path = options.out
+    for (_, columns), (kernel, codes, group) in product(options.shapes, options.of):
+        if group and columns % group:
+            what = f"{kernel}/{codes}/{group}"
+            parser.error(f"--of {what}: {columns} columns are no groups of {group}")
+    if not gpu:
+        parser.error("there is no CUDA GPU here: run it on the one that launches are searched for")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        parser.error(f"--out {out}: write a file in a folder that can be written to")
+    try:
+        return options, parse(out.read_text(), gpu, str(out)) if out.exists() else []
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        parser.error(f"--out {out} holds no launches of this GPU ({error}): write another name")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,25 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkernels import w8a8, weight_only
-from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape, Tuned, tokens_apart
+from quantkernels.launches import (
+    BITS,
+    OTHER,
+    SHARED_BYTES,
+    Codes,
+    Kernel,
+    Launch,
+    Shape,
+    Tuned,
+    shared_bytes,
+    tokens_apart,
+)
 from quantkernels.w8a8 import fused as w8a8_fused
 from quantkernels.w8a8 import tiles as w8a8_tiles
 from quantkernels.weight_only import fused as weight_only_fused
 from quantkernels.weight_only import tiles
-from quantkernels.weight_only.tiles import BITS
 
 DTYPE = torch.bfloat16
-SHARED_BYTES = 227 << 10  # of a multiprocessor
 SUMS = 4096  # of a warp, at most: a half of its registers
-INPUT_BYTES = {"weight_only": 2, "w8a8": 1}
 # rows and warps of a program, and stages: for few tokens and for more
 FEW = ((32, 1), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4)), (3, 4, 5, 6)
 MORE = ((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 5)
@@ -121,13 +129,11 @@ def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
 
 
 def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
-    codes = launch.turn * launch.rows * BITS[shape.codes] // 8
-    inputs = launch.turn * launch.tokens * INPUT_BYTES[shape.kernel]
     tiles = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
     programs = tiles * launch.split
     # work for three of four multiprocessors; no more spans than give each eight programs
     fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
-    fits = (codes + inputs) * launch.stages <= SHARED_BYTES
+    fits = shared_bytes(launch, shape) <= SHARED_BYTES
     return fits and fills and launch.turn * launch.split <= shape.columns
 
 

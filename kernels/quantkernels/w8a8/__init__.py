@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
+from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.w8a8 import reference, vendor
 from quantkernels.w8a8.tiles import Tiles8
 
@@ -36,7 +37,17 @@ def linear(
     `codes_TI` are int8, or float8 e4m3 in its own dtype, as the weight's kind has it (int8 beside
     int4). `scale_T` is float32, one for every token or one for all; `zero_T`, whole numbers in
     float32, goes with a weight that has `sums_O`. torch.compile and CUDA graphs take it as it is.
+
+    It has no backward. Raises ValueError for inputs or a bias that do not fit the weight.
     """
+    refuse_misfits(codes_TI, weight.codes, weight.features, bias_O, "codes_TI")
+    codes = torch.float8_e4m3fn if weight.kind == "float8" else torch.int8
+    refuse_dtype(codes_TI, "codes_TI", (codes,))
+    tokens = codes_TI.shape[0]
+    if scale_T.dim() and scale_T.numel() != tokens and scale_T.numel() != 1:
+        raise ValueError(f"{scale_T.numel()} scales for {tokens} tokens: write one of each, or one")
+    if zero_T is not None and zero_T.numel() != tokens:
+        raise ValueError(f"{zero_T.numel()} zero points for {tokens} tokens: write one of each")
     assert (zero_T is None) or weight.sums_O is not None
     y_TO: Tensor = _linear(
         codes_TI,
@@ -96,8 +107,10 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
         features=(rows, columns),
     )
     tokens = codes_TI.shape[0]
-    if codes_TI.device.type not in FUSED_DEVICES or 0 in (tokens, rows, columns):
+    if codes_TI.device.type not in FUSED_DEVICES:
         return reference.linear(codes_TI, scale_T, zero_T, weight, bias_O, dtype)
+    if 0 in (tokens, rows, columns):
+        return nothing(codes_TI, rows, bias_O, dtype)
     launch = launch_of("w8a8", tokens, weight, gpu_of(codes_TI.device))
     if launch.other and vendor.takes(codes_TI, weight, dtype):
         return vendor.linear(codes_TI, scale_T, weight, bias_O, dtype)

@@ -146,7 +146,9 @@ def _linear(
         some = tl.cast(tl.minimum(row, rows - 1), tl.int64)
         codes_ptr += some[:, None] * codes_O + (first * COLUMNS + byte)[None, :]
         onward = COLUMNS
-    group_ptr = scale_ptr + start * (GROUPS * BLOCK) + block * (GROUPS * BLOCK) + inside % BLOCK
+    wide = tl.cdiv(pieces, 2) * 2  # pieces to a row's scales, which are padded further than codes
+    group_ptr = scale_ptr + (tl.cast(top // BLOCK, tl.int64) * wide + first) * (GROUPS * BLOCK)
+    group_ptr += inside // BLOCK * wide * (GROUPS * BLOCK) + inside % BLOCK
     x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * COLUMNS + byte[:, None]) * x_I
     sums = tl.zeros((ROWS, TOKENS), SUMS)
     for piece in tl.range(first, last, num_stages=STAGES):

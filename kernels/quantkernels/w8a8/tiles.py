@@ -9,7 +9,8 @@ high half column 64 + i. Tiles are contiguous, and those of 128 rows follow one 
             groups of 32, 64 or 128 columns, longer ones written again for every 128
     sums    float32 (rows,), where inputs may have a zero point: the weight's values summed by rows
 
-Rows and columns are padded to multiples of 128; inputs there count as nothing.
+Rows and columns are padded to multiples of 128, groups' scales to multiples of 256 columns as in
+weight_only; inputs there count as nothing.
 
 Shape suffixes: O = out_features, I = in_features, R = row blocks, P = pieces, B = 128 rows of a
 block, C = bytes of a row of a tile.

@@ -13,6 +13,8 @@ _LEAST_ROWS = 32  # cuBLAS multiplies 17 rows of bytes or more
 
 def takes(codes_TI: Tensor, weight: Tiles8, dtype: torch.dtype) -> bool:
     rows, columns = weight.features
+    if codes_TI.device.type != "cuda":  # an XPU's were never tried
+        return False
     if weight.tiled or weight.kind == "int4" or weight.sums_O is not None:
         return False
     if weight.kind == "int8":
@@ -39,4 +41,4 @@ def linear(
         scale_O[None, :].contiguous(),
         out_dtype=dtype,
     )
-    return y_TO if bias_O is None else y_TO + bias_O
+    return y_TO if bias_O is None else (y_TO + bias_O).to(dtype)

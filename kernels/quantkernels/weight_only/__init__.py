@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkernels.grids import GridName
 from quantkernels.launches import Codes, Launch, gpu_of, launch_of
 from quantkernels.opaque import opaque
+from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.weight_only import reference, tiles
 from quantkernels.weight_only.tiles import Tiles
 
@@ -39,9 +40,16 @@ def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype: bfloat16 or float16 on an accelerator, elsewhere any.
 
     Sums run in float32. A weight's value is its code times its scale, the product rounded to x's
-    dtype at most once; where the launch scales sums instead, not at all. `x_TI` has any strides
-    and any number of rows, none among them. torch.compile and CUDA graphs take it as it is.
+    dtype at most once; where the launch scales sums instead, not at all. Scales of groups whose
+    values are scaled, and float zero points, are read in x's dtype, in which artifacts have them.
+    `x_TI` has any strides and any number of rows, none among them; the bias any floating dtype.
+    torch.compile and CUDA graphs take it as it is.
+
+    It has no backward. Raises ValueError for inputs or a bias that do not fit the weight.
     """
+    refuse_misfits(x_TI, weight.codes_RPBW, weight.features, bias_O)
+    if x_TI.device.type in FUSED_DEVICES:
+        refuse_dtype(x_TI, "x", FUSED_DTYPES)
     y_TO: Tensor = _linear(
         x_TI,
         weight.codes_RPBW,
@@ -113,8 +121,9 @@ def _linear(  # noqa: PLR0913, PLR0917 - operators take tensors and numbers, no 
 
     tokens = x_TI.shape[0]
     if 0 in (tokens, rows, columns):
-        return torch.nn.functional.linear(x_TI, x_TI.new_zeros(rows, columns), bias_O)
+        return nothing(x_TI, rows, bias_O, x_TI.dtype)
     launch = launch_of("weight_only", tokens, weight, gpu_of(x_TI.device))
     if launch.other:
+        bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, fused.dense(weight, x_TI.dtype), bias_O)
     return fused.linear(x_TI, weight, bias_O, launch)

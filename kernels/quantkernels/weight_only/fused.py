@@ -8,7 +8,8 @@ its values in x's dtype before ("early"). Where a tile's columns are split into 
 writes its float32 sums, and the last to come adds them up in the order of the spans: the same bits
 in every run.
 
-PTX is for CUDA; elsewhere the same is said in plain operations. Shapes may be any: rows and columns
+PTX is for CUDA; elsewhere the same is said in plain operations, and for bfloat16 on GPUs before
+Hopper, which add and multiply no pairs of it. Shapes may be any: rows and columns
 are padded in the tiles, tokens and columns are masked.
 """
 
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.launches import Codes, Launch
+from quantkernels.devices import capability, on_its_device
+from quantkernels.launches import BITS, Codes, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.product import product
@@ -39,6 +41,7 @@ def linear(
     *,
     compile_only: bool = False,
 ) -> Tensor:
+    x_TI = apart(x_TI)
     if launch.overlapped and x_TI.device.type in ("cuda", "meta"):
         from quantkernels.weight_only import overlapped
 
@@ -49,7 +52,7 @@ def linear(
     out_TO = torch.empty(tokens, rows, dtype=x_TI.dtype, device=x_TI.device)
     height = tiles.program_rows(rows, launch.rows)
     count = triton.cdiv(rows, height) * triton.cdiv(tokens, launch.tokens)
-    piece = 16 // tiles.BITS[weight.kind] * tiles.WORDS
+    piece = 16 // BITS[weight.kind] * tiles.WORDS
     turn = max(launch.turn, piece, weight.group)  # another kind's launch, or another group's
     turns = triton.cdiv(columns, tiles.COLUMNS) * (tiles.COLUMNS // turn)
     split = min(launch.split, turns)
@@ -90,6 +93,18 @@ def linear(
     return out_TO
 
 
+def apart(x_TI: Tensor) -> Tensor:
+    """Inputs a copy of which is read where rows share memory, or columns lie too far apart.
+
+    The accelerator of memory wants rows that are apart, and kernels count a row's in 32 bits.
+    """
+    tokens, columns = x_TI.shape
+    shared = tokens > 1 and x_TI.stride(1) == 1 and x_TI.stride(0) < columns
+    far = x_TI.stride(1) * columns >= 1 << 31
+    return x_TI.contiguous() if shared or far else x_TI
+
+
+@on_its_device
 def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     """The weight's values (O, I)."""
     rows, columns = weight.features
@@ -110,11 +125,12 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     return out_OI
 
 
+@on_its_device
 def pack_codes(codes_OI: Tensor, kind: Codes) -> Tensor:
     """As `tiles.pack_codes`, in one pass."""
     rows, columns = codes_OI.shape
     blocks = triton.cdiv(rows, tiles.ROWS)
-    bits = tiles.BITS[kind]
+    bits = BITS[kind]
     padded = triton.cdiv(columns, tiles.COLUMNS) * tiles.COLUMNS
     pieces = padded * bits // (16 * tiles.WORDS)
     shape = (blocks, pieces, tiles.ROWS, tiles.WORDS)
@@ -130,8 +146,9 @@ def _codes(
     """What a kernel is compiled for, of codes and grid."""
     zero = "none" if weight.zero is None else weight.grid
     ptx = device.type in ("cuda", "meta") and torch.version.hip is None
+    ptx = ptx and (dtype == torch.float16 or capability(device) >= (9, 0))
     return {
-        "BITS": tiles.BITS[weight.kind],
+        "BITS": BITS[weight.kind],
         "FLOAT8": weight.kind == "float8",
         "GROUP": weight.group,
         "ZERO": zero,

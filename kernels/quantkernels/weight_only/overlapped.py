@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from quantkernels.launches import Launch
+from quantkernels.devices import capability
+from quantkernels.launches import BITS, Launch
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.tiles import Tiles
@@ -46,7 +47,7 @@ CODES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 def takes(x_TI: Tensor) -> bool:
     """Whether the accelerator of memory reads such inputs, and there is one."""
     aligned = x_TI.stride(1) == 1 and x_TI.stride(0) % 8 == 0 and x_TI.data_ptr() % 16 == 0
-    return aligned and torch.cuda.get_device_capability(x_TI.device) == (9, 0)
+    return aligned and capability(x_TI.device) == (9, 0)
 
 
 def linear(
@@ -89,7 +90,7 @@ def linear(
         TOKENS=launch.tokens,
         SPLIT=split,
         STAGES=launch.stages,
-        BITS=tiles.BITS[weight.kind],
+        BITS=BITS[weight.kind],
         GROUP=weight.group,
         ZERO=zero,
         EXCESS=excess(weight.kind, x_TI.dtype),

@@ -8,6 +8,7 @@ from quantkernels.weight_only.tiles import Tiles, unpack_codes, unpack_groups
 
 
 def linear(x_TI: Tensor, weight: Tiles, bias_O: Tensor | None) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
     return torch.nn.functional.linear(x_TI, dense(weight, x_TI.dtype), bias_O)
 
 

@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from quantkernels.grids import GridName
-from quantkernels.launches import Codes
+from quantkernels.launches import BITS, Codes
 
 ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
 COLUMNS = 256  # to whose multiples rows are padded
 LONGEST = 128  # group; 32 and 64 are the others
-
-BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +39,10 @@ class Tiles:
     grid: GridName  # how codes and scale, and zero where there is one, make values
     group: int  # columns, at most 128; 0 where a row has one scale, and no zero
     features: tuple[int, int]  # (O, I)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes_RPBW.device
 
 
 def grouping(size: int | None, *, zero: bool) -> int:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantkernels.launches import Codes
-from quantkernels.weight_only.tiles import BITS
+from quantkernels.launches import BITS, Codes
 
 
 class _Dtype(NamedTuple):
