@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ CASES: list[Case] = [
     ("_dense", "int8", 0, "none", False, {}),
 ]
 
+# grid, its ends, symmetric, rows by columns, norm
+INT8, FLOAT8 = ("affine", (-128, 127)), ("float8", (-448, 448))
+ROUNDINGS: list[tuple[str, tuple[int, int], bool, tuple[int, int], str]] = [
+    (*INT8, True, (1, 14_336), "none"),
+    (*INT8, False, (40, 4096), "none"),
+    (*INT8, True, (2048, 4096), "none"),
+    (*FLOAT8, True, (1, 14_336), "none"),
+    (*FLOAT8, True, (2048, 18_944), "none"),
+    (*FLOAT8, True, (16, 4096), "scale"),
+]
+
 
 def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
@@ -55,7 +67,6 @@ def compiled(
     import triton
     from quantkernels.w8a8 import fused as w8a8
     from quantkernels.weight_only import fused, overlapped, product
-    from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     dtype = torch.bfloat16
@@ -107,8 +118,51 @@ def compiled(
     }
     source_of = GluonASTSource if name == "overlapped" else triton.compiler.ASTSource
     source = source_of(kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", other.get("capability", 90), 32)
-    made = triton.compile(source, target=target, options=options)
+    return _assembled(source, options, other.get("capability", 90))
+
+
+def compiled_rounding(
+    grid: str, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], norm: str
+) -> dict[str, int | bool]:
+    """Of so many rows of so many values, which lie one after another."""
+    import triton
+    from quantkernels.rounding import fused
+
+    rows, width = shape
+    sizes = fused.sizes(rows, width, norm=norm != "none")
+    constants = {
+        "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
+        "QMAX": ends[1], "SYMMETRIC": symmetric, "NORM": norm, "OWN": True, "PARTS": 1,
+        "FUSED": True, "HELD": sizes.held, "BLOCK": sizes.block, "SPANS": sizes.spans,
+        "PIECE": sizes.piece,
+    }  # fmt: skip
+    if norm == "none":
+        constants |= {"weight_ptr": None, "kept_ptr": None}
+    pointers = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32"}
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else pointers.get(argument, "*bf16")
+        if argument.endswith("_ptr")
+        else "fp32"
+        if argument == "eps"
+        else "i32"
+        for argument in fused._round_row.arg_names
+    }
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, argument in enumerate(fused._round_row.arg_names)
+        if argument not in constants and (argument.endswith("_ptr") or argument == "width")
+    }
+    source = triton.compiler.ASTSource(fused._round_row, signature, constants, aligned)
+    return _assembled(source, {"num_warps": sizes.warps, "enable_fp_fusion": False}, 90)
+
+
+def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[str, int | bool]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     cubin = made.asm["cubin"]
     return {
@@ -140,9 +194,11 @@ def _told(command: list[str | Path], cubin: bytes) -> str:
 
 
 if __name__ == "__main__":
-    for case in CASES:
+    calls = [*(partial(compiled, *of) for of in CASES)]
+    calls += [partial(compiled_rounding, *of) for of in ROUNDINGS]
+    for call in calls:
         try:
-            told: dict[str, Any] = compiled(*case)
+            told: dict[str, Any] = call()
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(told), flush=True)

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.compiled import CASES
+from tests.compiled import CASES, ROUNDINGS
+
+ALL = [*CASES, *ROUNDINGS]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton and its assembler"
@@ -34,7 +36,7 @@ def results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+@pytest.mark.parametrize("number", range(len(ALL)), ids=lambda number: str(ALL[number]))
 def test_it_compiles_and_neither_spills_nor_waits(
     number: int, results: list[dict[str, Any]]
 ) -> None:

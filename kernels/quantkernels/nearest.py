@@ -21,7 +21,7 @@ def quotient(x, by, FUSED: tl.constexpr):
     q + (x - q by) y, is the quotient rounded once (Markstein, "Computation of elementary functions
     on the IBM RISC System/6000 processor", IBM J. Res. Dev. 34, 1990, theorem 8.5 and what leads to
     it), since each remainder is exact. For that `by` must be far from the ends of float32, where
-    remainders are lost, and so must the quotient be: below 2**-90 it is about right. No remainder
+    remainders are lost, and so must the quotient be: below 2**-30 it is about right. No remainder
     tells of one that is 0 or infinite, which stays.
     """
     if FUSED:

@@ -101,10 +101,8 @@ def _round(
     rows_TI = _rows(x_TI)
     rows, width = rows_TI.shape
     parts = 0 if parts_2P is None else parts_2P.shape[1]
-    block = triton.next_power_of_2(width)
-    spans = 1 if norm else _spans(rows, block)
-    held = block <= (HELD if norm or spans > 1 else KEPT)
-    _round_row[rows, spans](
+    size = sizes(rows, width, norm=norm is not None)
+    _round_row[rows, size.spans](
         rows_TI,
         None if norm is None else norm.weight_I,
         None if norm is None else norm.kept_TI,
@@ -122,22 +120,43 @@ def _round(
         grid.symmetric,
         "none" if norm is None else norm.form,
         given is None and parts_2P is None,
-        held,
-        block if held else READ,
-        spans,
-        block // spans if held else min(READ, block // spans),
+        size.held,
+        size.block,
+        size.spans,
+        size.piece,
         triton.next_power_of_2(parts),
         x_TI.is_cuda,
-        num_warps=norm_warps(block) if norm or spans > 1 else max(1, min(8, block // 1024)),
+        num_warps=size.warps,
         enable_fp_fusion=False,
     )
 
 
-def _spans(rows: int, block: int) -> int:
-    spans = 1
-    while spans < MOST_SPANS and 2 * spans * rows <= PROGRAMS and block > spans * LEAST_SPAN:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    held: bool  # whether a program keeps all of its row
+    block: int  # values that are read at once
+    spans: int  # of a row, a program each
+    piece: int  # values that are rounded at once
+    warps: int
+
+
+def sizes(rows: int, width: int, *, norm: bool) -> Sizes:
+    block, spans = triton.next_power_of_2(width), 1
+    while (
+        not norm
+        and spans < MOST_SPANS
+        and 2 * spans * rows <= PROGRAMS
+        and block > spans * LEAST_SPAN
+    ):
         spans *= 2
-    return spans
+    held = block <= (HELD if norm or spans > 1 else KEPT)
+    return Sizes(
+        held=held,
+        block=block if held else READ,
+        spans=spans,
+        piece=block // spans if held else min(READ, block // spans),
+        warps=norm_warps(block) if norm or spans > 1 else max(1, min(8, block // 512)),
+    )
 
 
 def _extremes_of_parts(x_TI: Tensor, grid: InputGrid) -> Tensor:
@@ -231,10 +250,10 @@ def _round_row(
         tl.store(codes_ptr + column, code, mask=inside)
     else:
         for start in range(span * PIECE, width, SPANS * PIECE):
-            column = start + tl.arange(0, PIECE)
-            stored = tl.load(x_ptr + column * stride_I, mask=column < width, other=0.0)
-            code = _code(stored.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
-            tl.store(codes_ptr + column, code, mask=column < width)
+            part = start + tl.arange(0, PIECE)
+            again = tl.load(x_ptr + part * stride_I, mask=part < width, other=0.0)
+            rounded = _code(again.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
+            tl.store(codes_ptr + part, rounded, mask=part < width)
 
 
 @triton.jit
