@@ -35,15 +35,18 @@ CASES: list[Case] = [
     ("product", "float8", 0, "none", False, {}),
     ("overlapped", "int4", 128, "none", True, MANY),
     ("overlapped", "int4", 64, "affine", True, MANY | {"BIAS": True}),
+    ("overlapped", "int4", 32, "none", True, MANY | {"TOKENS": 256, "ROWS": 128}),
     ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
     ("overlapped", "float8", 0, "none", True, MANY | {"TOKENS": 64, "STAGES": 3}),
-    ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
-    ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
-    ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
-    ("w8a8", "int4", 128, "none", False, {}),
+    ("w8a8", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "BIAS": True}),
+    ("w8a8", "float8", 0, "none", True, {"EVEN": False, "SPLIT": 2}),
     ("product", "int4", 128, "none", False, {"TOKENS": 64, "num_warps": 8, "capability": 80}),
     ("product", "int8", 0, "none", False, {"ROWS": 64, "capability": 80}),
-    ("w8a8", "int8", 0, "none", True, {"TILED": False, "capability": 80}),
+    ("w8a8", "int8", 0, "none", True, {"capability": 80}),
+    ("rounded", "int8", 0, "none", True, {"num_warps": 8}),
+    ("rounded", "int8", 0, "none", True, {"HELD": False, "num_warps": 8}),
+    ("rounded", "int8", 0, "none", True, {"SPANS": 4, "PIECE": 1024}),
+    ("rounded", "int8", 0, "none", True, {"HELD": False, "SPANS": 8, "PIECE": 1024}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -53,6 +56,7 @@ def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
 ) -> dict[str, int | bool]:
     import triton
+    from quantkernels.rounding import fused as rounding
     from quantkernels.w8a8 import fused as w8a8
     from quantkernels.weight_only import fused, overlapped, product
     from triton.backends.compiler import GPUTarget
@@ -69,14 +73,18 @@ def compiled(
     pointers = POINTERS
     if name == "w8a8":
         codes = "*fp8e4nv" if kind == "float8" else "*i8"
-        whole = kind != "float8" and group == 0
         pointers = POINTERS | {
-            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32", "x_zero_ptr": "*fp32",
-            "sums_ptr": "*fp32", "parts_ptr": "*i32" if whole else "*fp32",
+            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32",
+            "parts_ptr": "*fp32" if kind == "float8" else "*i32",
         }  # fmt: skip
-        constants |= {
-            "TILED": True, "BY_TOKEN": True, "ZERO": zero != "none", "INT4": kind == "int4",
-            "PTX": ptx,
+        constants |= {"BY_TOKEN": True}
+    if name == "rounded":
+        pointers = {}
+        nothing = ("weight_ptr", "kept_ptr", "given_ptr", "parts_ptr", "scale_ptr", "zero_ptr")
+        constants |= dict.fromkeys(nothing) | {
+            "GRID": "affine", "QMIN": -128, "QMAX": 127, "SYMMETRIC": False, "NORM": "none",
+            "OWN": True, "HELD": True, "BLOCK": 4096, "SPANS": 1, "PIECE": 4096, "PARTS": 1,
+            "FUSED": True, "stride_I": 1,
         }  # fmt: skip
     constants |= other
     options = {"num_warps": other.get("num_warps", 4)}
@@ -88,7 +96,7 @@ def compiled(
         }
     kernels = {
         "product": product.product, "overlapped": overlapped.overlapped, "_dense": fused._dense,
-        "w8a8": w8a8._linear,
+        "w8a8": w8a8._linear, "rounded": rounding._round_row,
     }  # fmt: skip
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
