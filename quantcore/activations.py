@@ -67,6 +67,9 @@ def fake_quantize(
     activations = scheme.activations
     if activations is None:
         return x_TI
+    grid = _input_grid(activations)
+    if input_scale is None and not scheme.per_tensor and grid.name == "affine":
+        return rounding.rounded_by_token(x_TI, grid)
     return served_inputs(x_TI, scheme, input_scale).values(activations).to(x_TI.dtype)
 
 

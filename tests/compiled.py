@@ -36,20 +36,19 @@ CASES: list[Case] = [
     ("product", "float8", 0, "none", False, {}),
     ("overlapped", "int4", 128, "none", True, MANY),
     ("overlapped", "int4", 64, "affine", True, MANY | {"BIAS": True}),
+    ("overlapped", "int4", 32, "none", True, MANY | {"TOKENS": 256, "ROWS": 128}),
     ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
     ("overlapped", "float8", 0, "none", True, MANY | {"TOKENS": 64, "STAGES": 3}),
-    ("w8a8", "int8", 0, "none", True, {"TILED": False, "TOKENS": 64, "num_warps": 8}),
-    ("w8a8", "float8", 0, "none", True, {"TILED": False, "EVEN": False, "SPLIT": 2}),
-    ("w8a8", "int4", 32, "affine", True, {"BIAS": True}),
-    ("w8a8", "int4", 128, "none", False, {}),
+    ("w8a8", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "BIAS": True}),
+    ("w8a8", "float8", 0, "none", True, {"EVEN": False, "SPLIT": 2}),
     ("product", "int4", 128, "none", False, {"TOKENS": 64, "num_warps": 8, "capability": 80}),
     ("product", "int8", 0, "none", False, {"ROWS": 64, "capability": 80}),
-    ("w8a8", "int8", 0, "none", True, {"TILED": False, "capability": 80}),
+    ("w8a8", "int8", 0, "none", True, {"capability": 80}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
 
-# grid, its ends, symmetric, rows by columns, norm
+# grid, its ends, symmetric, rows by columns, a norm or what else is asked for
 INT8, FLOAT8 = ("affine", (-128, 127)), ("float8", (-448, 448))
 ROUNDINGS: list[tuple[str, tuple[int, int], bool, tuple[int, int], str]] = [
     (*INT8, True, (1, 14_336), "none"),
@@ -58,6 +57,9 @@ ROUNDINGS: list[tuple[str, tuple[int, int], bool, tuple[int, int], str]] = [
     (*FLOAT8, True, (1, 14_336), "none"),
     (*FLOAT8, True, (2048, 18_944), "none"),
     (*FLOAT8, True, (16, 4096), "scale"),
+    (*INT8, False, (1, 14_336), "read back"),
+    (*INT8, False, (2048, 4096), "read back"),
+    (*INT8, False, (300, 40_000), "read back"),
 ]
 
 
@@ -80,15 +82,11 @@ def compiled(
     pointers = POINTERS
     if name == "w8a8":
         codes = "*fp8e4nv" if kind == "float8" else "*i8"
-        whole = kind != "float8" and group == 0
         pointers = POINTERS | {
-            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32", "x_zero_ptr": "*fp32",
-            "sums_ptr": "*fp32", "parts_ptr": "*i32" if whole else "*fp32",
+            "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32",
+            "parts_ptr": "*fp32" if kind == "float8" else "*i32",
         }  # fmt: skip
-        constants |= {
-            "TILED": True, "BY_TOKEN": True, "ZERO": zero != "none", "INT4": kind == "int4",
-            "PTX": ptx,
-        }  # fmt: skip
+        constants |= {"BY_TOKEN": True}
     constants |= other
     options = {"num_warps": other.get("num_warps", 4)}
     if name == "overlapped":
@@ -122,13 +120,14 @@ def compiled(
 
 
 def compiled_rounding(
-    grid: str, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], norm: str
+    grid: str, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], asked: str
 ) -> dict[str, int | bool]:
     """Of so many rows of so many values, which lie one after another."""
     import triton
     from quantkernels.rounding import fused
 
     rows, width = shape
+    norm = "none" if asked == "read back" else asked
     sizes = fused.sizes(rows, width, norm=norm != "none")
     constants = {
         "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
@@ -139,6 +138,9 @@ def compiled_rounding(
     if norm == "none":
         constants |= {"weight_ptr": None, "kept_ptr": None}
     pointers = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32"}
+    if asked == "read back":
+        constants |= {"scale_ptr": None, "zero_ptr": None}
+        pointers = {}
     signature = {
         argument: "constexpr"
         if argument in constants

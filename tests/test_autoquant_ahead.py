@@ -1,6 +1,5 @@
 """Weights by shapes alone, and kernels compiled before they race: which ones, each once."""
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -123,9 +122,8 @@ def test_every_launch_of_ours_is_compiled_once_by_some_process(
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     ahead.main(ahead._line(product, H100) for share in shares for product in share)
     assert sum(len(of.asked) for of in compilers) == count
-    alone = {json.loads(ahead._line(of, H100))["candidate"] for share in shares for of in share}
-    own = {of.candidate.label() for of in products() if "tiled" in of.candidate.label()}
-    assert {label for label in own if "triton" in label} <= alone
+    kernels = [ahead._kernel_of(of, H100) for share in shares for of in share]
+    assert {ahead._kernel_of(of, H100) for of in products()} == {None, *kernels}
     before = [set(of.asked) for of in compilers]
     for of in compilers:
         of.asked.clear()
@@ -171,14 +169,29 @@ def test_inputs_that_are_rounded_are_compiled_for_as_they_are_served(
     compilers: Compilers,
 ) -> None:
     x_TI = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
-    for label, kind in (
-        ("int8_dynamic sym channel plain", torch.int8),
-        ("float8_dynamic tensor plain", torch.float8_e4m3fn),
-        ("int8_dynamic_int4 sym g32 triton_tiled", torch.int8),
+    for label, kernels, at, kind in (
+        ("int8_dynamic sym channel plain", w8a8, 1, torch.int8),
+        ("float8_dynamic tensor plain", w8a8, 1, torch.float8_e4m3fn),
+        ("int8_dynamic_int4 sym g32 triton_tiled", weight_only, 0, torch.bfloat16),
     ):
         weight = weight_of(candidate_of(label), 4096, 4096, "bfloat16")
-        w8a8.compile_for(x_TI, weight, H100)  # type: ignore[arg-type]
-        assert compilers[1].asked[-1][0][0] == (kind, 2), label
+        assert isinstance(weight, QuantizedTensor) and ahead._kernels_for(weight) is kernels
+        kernels.compile_for(x_TI, weight, H100)
+        assert compilers[at].asked[-1][0][0] == (kind, 2), label
+
+
+def test_int4_weights_share_a_kernel_whether_inputs_are_rounded_or_not() -> None:
+    one, other = (
+        Product(
+            candidate=candidate_of(f"{name} sym g64 triton_tiled"),
+            dtype="bfloat16",
+            rows=4096,
+            columns=4096,
+            tokens=16,
+        )
+        for name in ("int4", "int8_dynamic_int4")
+    )
+    assert ahead._kernel_of(one, H100) == ahead._kernel_of(other, H100) is not None
 
 
 def test_a_process_that_cannot_compile_ends_in_peace() -> None:

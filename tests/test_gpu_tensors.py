@@ -21,6 +21,7 @@ from quantcore.tensors import (
     relayout,
     unflatten_state,
     w8a8,
+    weight_only,
 )
 from quantcore.tensors.kernels import Multiply, kernel_for, reference
 from tests.quantized import FORMS, expected, linear, relative, tokens
@@ -110,6 +111,8 @@ def test_our_tiles_are_torchs_own(width: int) -> None:
         ("float8_dynamic", Layout.PLAIN, torch.bfloat16, w8a8.multiply),
         ("float8_static", Layout.PLAIN, torch.bfloat16, w8a8.multiply),
         ("float8_dynamic", Layout.PLAIN, torch.float32, reference),
+        ("int8_dynamic_int4", Layout.TRITON_TILED, torch.bfloat16, weight_only.multiply),
+        ("int8_dynamic_int4", Layout.TRITON_TILED, torch.float16, weight_only.multiply),
         ("int8", Layout.PLAIN, torch.bfloat16, reference),
         ("float8", Layout.PLAIN, torch.bfloat16, reference),
     ],
@@ -119,7 +122,7 @@ def test_shapes_and_dtypes_choose_the_kernel(
 ) -> None:
     weight = relayout(on_gpu(Scheme(name=name), 64, 64, dtype), layout)
     assert kernel_for(torch.zeros(2, 64, dtype=dtype, device="cuda"), weight) is run
-    odd = on_gpu(Scheme(name=name), 63, 63, dtype)
+    odd = relayout(on_gpu(Scheme(name=name), 63, 63, dtype), layout)
     assert kernel_for(torch.zeros(2, 63, dtype=dtype, device="cuda"), odd) is run
 
 
@@ -182,6 +185,7 @@ def test_tiles_go_to_a_file_and_back(tmp_path: Path) -> None:
         (Scheme(name="int4", group_size=32), "plain"),
         (Scheme(name="int4", group_size=32), "triton_tiled"),
         (Scheme(name="int8"), "triton_tiled"),
+        (Scheme(name="int8_dynamic_int4", group_size=32), "triton_tiled"),
         (Scheme(name="int8"), "plain"),
         (Scheme(name="int8_dynamic"), "plain"),
         (Scheme(name="float8_dynamic"), "plain"),

@@ -29,6 +29,7 @@ CASES = [
         (Scheme(name="int8_static"), Layout.PLAIN),
         (Scheme(name="int8_dynamic_int4", group_size=32), Layout.INT4_DYNAMIC_CPU),
         (Scheme(name="int8_dynamic_int4", group_size=32), Layout.PLAIN),
+        (Scheme(name="int8_dynamic_int4", group_size=32), Layout.TRITON_TILED),
         (Scheme(name="float8"), Layout.PLAIN),
         (Scheme(name="float8_dynamic"), Layout.PLAIN),
         (Scheme(name="float8_dynamic", per_tensor=True), Layout.PLAIN),

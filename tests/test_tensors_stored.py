@@ -59,6 +59,8 @@ def test_a_state_that_is_damaged_is_refused() -> None:
     tensors, facts = flatten_state({"w": QuantizedTensor.of(ours, torch.float32)})
     with pytest.raises(QuantizationError, match="codes"):
         unflatten_state({"w.scale": tensors["w.scale"]}, facts)
+    with pytest.raises(QuantizationError, match=r"w\.sums is in no layout: flatten the state anew"):
+        unflatten_state(tensors | {"w.sums": torch.zeros(32)}, facts)
     with pytest.raises(QuantizationError, match="whole"):
         unflatten_state(tensors, facts[:-4])
     told = json.loads(facts) | {"version": 9}

@@ -186,11 +186,8 @@ def _known(shape: Shape, gpu: str) -> list[Tuned]:
 
 
 def usual(shape: Shape, units: int) -> Launch:
-    """Without data: programs for every multiprocessor; no kernel of ours where products bind.
-
-    But of bytes by 4 bits nobody else has any.
-    """
-    if shape.tokens > 256 and (shape.kernel, shape.codes) != ("w8a8", "int4"):
+    """Without data: programs for every multiprocessor; no kernel of ours where products bind."""
+    if shape.tokens > 256:
         return OTHER
     tokens = max(16, 1 << (shape.tokens - 1).bit_length())
     wide = tokens >= 64

@@ -25,7 +25,7 @@ from torch import Tensor
 from quantcore.autoquant.candidates import candidate_of
 from quantcore.autoquant.measurements import Product
 from quantcore.autoquant.shapes import weight_of
-from quantcore.tensors import QuantizedTensor, w8a8, weight_only
+from quantcore.tensors import Layout, QuantizedTensor, w8a8, weight_only
 from quantcore.tensors.kernels import KERNELS
 
 _MOST_PROCESSES = 16
@@ -80,10 +80,12 @@ def _kernel_of(product: Product, gpu: Gpu) -> object | None:
     weight, x_TI = _weight(product), _inputs(product)
     if weight is None:
         return None
-    launch = _kernels_for(weight).launch_of(x_TI, weight, gpu)
+    kernels = _kernels_for(weight)
+    launch = kernels.launch_of(x_TI, weight, gpu)
     if launch.other:
         return None
-    return product.candidate, product.dtype, launch, product.columns, min(product.tokens, 2)
+    form = kernels.__name__, *kernels.form_of(weight)
+    return form, product.dtype, launch, product.columns, min(product.tokens, 2)
 
 
 def _weight(product: Product) -> QuantizedTensor | None:
@@ -100,7 +102,7 @@ def _weight(product: Product) -> QuantizedTensor | None:
 
 
 def _kernels_for(weight: QuantizedTensor) -> ModuleType:
-    return weight_only if weight.scheme.activations is None else w8a8
+    return weight_only if weight.layout_name == Layout.TRITON_TILED else w8a8
 
 
 def _inputs(product: Product) -> Tensor:

@@ -70,9 +70,8 @@ KERNELS: dict[tuple[str, Layout, str], tuple[Kernel, ...]] = {
 for _device in ("cuda", "xpu"):  # an XPU was never at hand
     for _scheme in ("int8_dynamic", "int8_static", "float8_dynamic", "float8_static"):
         KERNELS[_device, Layout.PLAIN, _scheme] = (_W8A8,)
-    for _scheme in ("int4", "int8", "float8"):
+    for _scheme in ("int4", "int8", "float8", "int8_dynamic_int4"):
         KERNELS[_device, Layout.TRITON_TILED, _scheme] = (_WEIGHT_ONLY,)
-    KERNELS[_device, Layout.TRITON_TILED, "int8_dynamic_int4"] = (_W8A8,)
 
 
 def kernel_for(x_TI: Tensor, weight: QuantizedTensor) -> Multiply:

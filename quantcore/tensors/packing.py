@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from quantkernels.w8a8.tiles import pack_codes as bytes_of
-from quantkernels.w8a8.tiles import unpack_codes as codes_of_bytes
 from quantkernels.weight_only import pack
 from quantkernels.weight_only.tiles import (
     grouping,
@@ -166,11 +164,10 @@ def _unpack_tiles(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
 def _pack_triton(weight: QuantizedTensor) -> dict[str, Tensor]:
     columns, qparams = weight.facts.features[1], _qparams(weight)
     group = grouping(weight.scheme.group_size, zero=weight.zero is not None)
-    kind, codes_OI = codes_kind(weight.scheme), _plain_codes(weight)
-    inner = {"scale": pack_groups(qparams.scale_OG, columns, group)}
-    if weight.scheme.activations is not None:
-        return inner | {"codes": bytes_of(codes_OI, kind), "sums": weight.read_back().sum(dim=1)}
-    inner["codes"] = pack(codes_OI, kind)
+    inner = {
+        "codes": pack(_plain_codes(weight), codes_kind(weight.scheme)),
+        "scale": pack_groups(qparams.scale_OG, columns, group),
+    }
     if weight.zero is not None:
         inner["zero"] = pack_groups(qparams.zero_OG, columns, group)
     return inner
@@ -178,8 +175,7 @@ def _pack_triton(weight: QuantizedTensor) -> dict[str, Tensor]:
 
 def _unpack_triton(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
     features, size = weight.facts.features, weight.scheme.group_size
-    read = unpack_codes if weight.scheme.activations is None else codes_of_bytes
-    codes_OI = read(weight.codes, codes_kind(weight.scheme), features)
+    codes_OI = unpack_codes(weight.codes, codes_kind(weight.scheme), features)
     scale_OG = unpack_groups(weight.scale, features, size)
     if weight.zero is None:
         return codes_OI, Qparams(scale_OG, torch.zeros_like(scale_OG, dtype=torch.int8))

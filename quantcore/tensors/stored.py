@@ -65,6 +65,8 @@ def unflatten_state(tensors: Mapping[str, Tensor], facts: str) -> dict[str, Tens
                 transposed=about["transposed"],
             )
             parts = {n: state.pop(f"{name}.{n}") for n in INNER if f"{name}.{n}" in state}
+            if odd := [other for other in state if other.startswith(f"{name}.")]:
+                raise QuantizationError(f"{odd[0]} is in no layout: flatten the state anew")
             weight = relayout(QuantizedTensor(parts, known), layout)
             state[name] = nn.Parameter(weight, requires_grad=False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -24,7 +24,7 @@ from quantcore.formats.base import QuantizedLinear
 from quantcore.schemes import Scheme
 from quantcore.tensors.layouts import Layout
 
-INNER = ("codes", "scale", "zero", "sums", "places", "input_scale", "input_factor")
+INNER = ("codes", "scale", "zero", "places", "input_scale", "input_factor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,6 @@ class QuantizedTensor(Tensor):
     codes         as the layout has them
     scale, zero   (O, G); zero is int8, or in the scale's dtype. Layouts for int4 kernels have
                   scale (G, O, 2) alone: a group's scale and its float zero point, in `dtype`
-    sums          float32 (O,), values summed by rows, where a kernel subtracts inputs' zero points
     places        of 2:4 sparse codes, where they stood in their rows
     input_scale   (1,), of static schemes
     input_factor  float32 (I,): inputs are divided by it first (SmoothQuant)
@@ -58,7 +57,6 @@ class QuantizedTensor(Tensor):
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
-    sums: Tensor | None
     places: Tensor | None
     input_scale: Tensor | None
     input_factor: Tensor | None

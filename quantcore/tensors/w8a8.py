@@ -1,8 +1,8 @@
 """Products of codes by codes on CUDA and XPU: the 8-bit schemes that round their inputs.
 
-By our own kernel or by torch's, as quantkernels/w8a8 has it. Integer products are exact, and scaled
-in float32. float8's are summed by matrix units, which keep fewer bits than float32: a float32 model
-is multiplied otherwise. Any shape, any of three floating dtypes.
+By our own kernel or by torch's, as quantkernels/w8a8 has it, for the layout plain. Integer products
+are exact, and scaled in float32. float8's are summed by matrix units, which keep fewer bits than
+float32: a float32 model is multiplied otherwise. Any shape, any of three floating dtypes.
 """
 
 import torch
@@ -10,15 +10,13 @@ from quantkernels import launches
 from quantkernels import w8a8 as kernels
 from quantkernels.devices import capability
 from quantkernels.launches import Gpu, Launch
-from quantkernels.w8a8 import Tiles8, linear
+from quantkernels.w8a8 import Weight8, linear
 from quantkernels.weight_only import FUSED_DTYPES
-from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
 
 from quantcore.activations import served_inputs
 from quantcore.schemes import FloatGrid
 from quantcore.tensors.cpu import FLOATS
-from quantcore.tensors.layouts import Layout
 from quantcore.tensors.tensor import QuantizedTensor
 from quantcore.tensors.weight_only import codes_kind
 
@@ -39,13 +37,17 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
     codes_TI = served.codes_TI
     if isinstance(activations.grid, FloatGrid):
         codes_TI = codes_TI.view(activations.grid.dtype)
-    zero_T = None if activations.symmetric else served.zero
-    return linear(codes_TI, served.scale, zero_T, _tiles(weight), bias_O, x_TI.dtype)
+    return linear(codes_TI, served.scale, _weight(weight), bias_O, x_TI.dtype)
 
 
 def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
     """How that is launched on a GPU."""
-    return launches.launch_of("w8a8", len(x_TI), _tiles(weight), gpu)
+    return launches.launch_of("w8a8", len(x_TI), _weight(weight), gpu)
+
+
+def form_of(weight: QuantizedTensor) -> tuple[object, ...]:
+    """What its kernel is compiled for, beside a launch and the inputs' dtype and width."""
+    return codes_kind(weight.scheme), _by_token(weight)
 
 
 def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:
@@ -54,21 +56,19 @@ def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:
     assert activations is not None
     floats = isinstance(activations.grid, FloatGrid)
     codes_TI = torch.empty_like(x_TI, dtype=torch.float8_e4m3fn if floats else torch.int8)
-    by_token = weight.input_scale is None and not weight.scheme.per_tensor
-    scale_T = x_TI.new_empty(len(x_TI) if by_token else 1, dtype=torch.float32)
-    zero_T = None if activations.symmetric else torch.empty_like(scale_T)
+    scale_T = x_TI.new_empty(len(x_TI) if _by_token(weight) else 1, dtype=torch.float32)
     launch = launch_of(x_TI, weight, gpu)
-    kernels.compile_for(codes_TI, scale_T, zero_T, _tiles(weight), x_TI.dtype, launch)
+    kernels.compile_for(codes_TI, scale_T, _weight(weight), x_TI.dtype, launch)
 
 
-def _tiles(weight: QuantizedTensor) -> Tiles8:
-    tiled = weight.layout_name == Layout.TRITON_TILED
-    group = grouping(weight.scheme.group_size, zero=False) if tiled else 0
-    return Tiles8(
-        codes=weight.codes,
-        scale=weight.scale if group else weight.scale.reshape(-1),
-        sums_O=weight.sums,
+def _by_token(weight: QuantizedTensor) -> bool:
+    return weight.input_scale is None and not weight.scheme.per_tensor
+
+
+def _weight(weight: QuantizedTensor) -> Weight8:
+    return Weight8(
+        codes_OI=weight.codes,
+        scale_O=weight.scale.reshape(-1),
         kind=codes_kind(weight.scheme),
-        group=group,
         features=weight.facts.features,
     )

@@ -1,7 +1,8 @@
-"""Our own Triton kernels for weights whose inputs are not rounded: the layout triton_tiled.
+"""Our own Triton kernels for products in the inputs' dtype: the layout triton_tiled.
 
 They take bfloat16 and float16 and any number of tokens; what they round is said in
-quantkernels/weight_only. On a CPU the same layout is made dense and multiplied.
+quantkernels/weight_only. A scheme that rounds its inputs has them rounded and read back in a pass
+before, in x's dtype. On a CPU, and for float32, the same layout is made dense and multiplied.
 """
 
 from typing import cast
@@ -13,6 +14,7 @@ from quantkernels.weight_only import FUSED_DTYPES, Tiles, linear
 from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
 
+from quantcore.activations import fake_quantize
 from quantcore.affine import grid_name
 from quantcore.schemes import FloatGrid, Scheme
 from quantcore.tensors.tensor import QuantizedTensor
@@ -23,12 +25,19 @@ def takes(x_TI: Tensor, weight: QuantizedTensor) -> bool:
 
 
 def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Tensor:
-    return linear(x_TI, _tiles(weight), bias_O)
+    served_TI = fake_quantize(x_TI, weight.scheme, weight.input_scale)
+    return linear(served_TI, _tiles(weight), bias_O)
 
 
 def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
     """How that is launched on a GPU."""
     return launches.launch_of("weight_only", len(x_TI), _tiles(weight), gpu)
+
+
+def form_of(weight: QuantizedTensor) -> tuple[object, ...]:
+    """What its kernel is compiled for, beside a launch and the inputs' dtype and width."""
+    tiles = _tiles(weight)
+    return tiles.kind, tiles.grid, tiles.group, tiles.zero is not None
 
 
 def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:

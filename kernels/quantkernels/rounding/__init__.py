@@ -1,15 +1,16 @@
 """Activations rounded to 8 bits or fewer, before a product with quantized weights.
 
-    by_token    each row by the scale that its own extremes ask for
-    by_tensor   all rows by one scale, from the extremes of all
-    by_scale    all rows by a scale that is given
-    norm        the first or the last of these, of an RMS norm's output in x's dtype
+    by_token            each row by the scale that its own extremes ask for
+    by_tensor           all rows by one scale, from the extremes of all
+    by_scale            all rows by a scale that is given
+    norm                by_token or by_scale, of an RMS norm's output in x's dtype
+    rounded_by_token    what by_token's codes stand for, s (q - z), in x's dtype
 
 The formulas stand at the top of reference.py. Every path gives the same codes and scales, bit for
 bit: a float32 division is IEEE's, and ties go to even. `x_TI` is float32, bfloat16 or float16, of
-any strides, and T stands for any leading dimensions; without tokens the scale of all is 1. Each
-gives codes, contiguous, int8 (of float8 its bits), and scale and zero point (of a symmetric grid,
-0), float32, (T, 1) or (). Nothing waits for a device, and torch.compile and torch.export
+any strides, and T stands for any leading dimensions; without tokens the scale of all is 1. Codes
+are contiguous, int8 (of float8 its bits), and stand with their scale and zero point (of a symmetric
+grid, 0), float32, (T, 1) or (). Nothing waits for a device, and torch.compile and torch.export
 see operators of their own (operators.py).
 
 What is not finite does not pass for something else: a row with a NaN has NaN for its scale, one
@@ -28,7 +29,7 @@ FUSED_DEVICES = ("cuda", "xpu")
 
 Codes = tuple[Tensor, Tensor, Tensor]  # with their scale and zero point
 
-__all__ = ["InputGrid", "by_scale", "by_tensor", "by_token", "norm"]
+__all__ = ["InputGrid", "by_scale", "by_tensor", "by_token", "norm", "rounded_by_token"]
 
 
 def by_token(x_TI: Tensor, grid: InputGrid) -> Codes:
@@ -37,6 +38,18 @@ def by_token(x_TI: Tensor, grid: InputGrid) -> Codes:
         found: Codes = operators.by_token(x_TI, *grid.fields)
         return found
     return reference.by_token(x_TI, grid)
+
+
+def rounded_by_token(x_TI: Tensor, grid: InputGrid) -> Tensor:
+    """x on a grid of whole numbers, for a product in x's dtype.
+
+    Bit for bit what `by_token`'s codes stand for in float32, rounded to x's dtype once. What
+    float16 cannot hold is infinite there.
+    """
+    if x_TI.device.type in FUSED_DEVICES:
+        found: Tensor = operators.rounded_by_token(x_TI, *grid.fields)
+        return found
+    return reference.rounded_by_token(x_TI, grid)
 
 
 def by_tensor(x_TI: Tensor, grid: InputGrid) -> Codes:

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
 from quantkernels.nearest import quotient, to_float8, to_whole
 from quantkernels.rounding import reference
-from quantkernels.rounding.operators import kept, outputs
+from quantkernels.rounding.operators import as_rounded, kept, outputs
 from quantkernels.rounding.reference import InputGrid
 
 HELD = 32_768  # values of a row that a program keeps for its norm, at most
@@ -48,6 +48,15 @@ def by_token(x_TI: Tensor, grid: InputGrid) -> Three:
     found = outputs(x_TI, (*x_TI.shape[:-1], 1))
     _round(x_TI, grid, found)
     return found
+
+
+def rounded_by_token(x_TI: Tensor, grid: InputGrid) -> Tensor:
+    assert grid.name == "affine"
+    if not x_TI.numel():
+        return reference.rounded_by_token(x_TI, grid)
+    found_TI = as_rounded(x_TI)
+    _round(x_TI, grid, (found_TI, None, None))
+    return found_TI
 
 
 def by_tensor(x_TI: Tensor, grid: InputGrid) -> Three:
@@ -92,7 +101,7 @@ def norm(
 def _round(
     x_TI: Tensor,
     grid: InputGrid,
-    found: Three,
+    found: Three | tuple[Tensor, None, None],
     *,
     given: Tensor | None = None,
     parts_2P: Tensor | None = None,
@@ -241,18 +250,23 @@ def _round_row(
             high, low = _extremes_of_row(x_ptr, width, stride_I, SYMMETRIC, BLOCK)
         scale, zero = _range(high, low, QMIN, QMAX, SYMMETRIC)
     span = tl.program_id(1)
-    first = (span == 0) & ((row == 0) | OWN)  # one program writes down what is that of all
-    tl.store(scale_ptr + row * OWN, scale, mask=first)
-    tl.store(zero_ptr + row * OWN, zero, mask=first)
+    if scale_ptr is not None:  # else codes are read back
+        first = (span == 0) & ((row == 0) | OWN)  # one program writes down what is that of all
+        tl.store(scale_ptr + row * OWN, scale, mask=first)
+        tl.store(zero_ptr + row * OWN, zero, mask=first)
 
     if HELD and SPANS == 1:
         code = _code(x, scale, zero, GRID, QMIN, QMAX, FUSED)
+        if scale_ptr is None:
+            code = (code.to(tl.float32) - zero) * scale
         tl.store(codes_ptr + column, code, mask=inside)
     else:
         for start in range(span * PIECE, width, SPANS * PIECE):
-            part = start + tl.arange(0, PIECE)
+            part = start + tl.arange(0, PIECE)  # of another size than above: other names
             again = tl.load(x_ptr + part * stride_I, mask=part < width, other=0.0)
             rounded = _code(again.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
+            if scale_ptr is None:
+                rounded = (rounded.to(tl.float32) - zero) * scale
             tl.store(codes_ptr + part, rounded, mask=part < width)
 
 

@@ -40,6 +40,11 @@ def _one_for_each(x_TI: Tensor, *_grid: object) -> Three:
     return outputs(x_TI, (*x_TI.shape[:-1], 1))
 
 
+def as_rounded(x_TI: Tensor, *_grid: object) -> Tensor:
+    """Memory for what codes stand for."""
+    return torch.empty(x_TI.shape, dtype=x_TI.dtype, device=x_TI.device)
+
+
 def _one_for_all(x_TI: Tensor, *_grid: object) -> Three:
     return outputs(x_TI, ())
 
@@ -62,6 +67,13 @@ def by_token(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> 
     from quantkernels.rounding import fused
 
     return fused.by_token(x_TI, _grid(name, qmin, qmax, symmetric))
+
+
+@opaque("quantkernels::round_and_read_back", as_rounded)
+def rounded_by_token(x_TI: Tensor, name: str, qmin: int, qmax: int, symmetric: bool) -> Tensor:
+    from quantkernels.rounding import fused
+
+    return fused.rounded_by_token(x_TI, _grid(name, qmin, qmax, symmetric))
 
 
 @opaque("quantkernels::round_by_tensor", _one_for_all)

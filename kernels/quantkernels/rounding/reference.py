@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkernels.forward import reference as forward
-from quantkernels.grids import GridName, nearest
+from quantkernels.grids import GridName, nearest, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ def by_token(x_TI: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:
     wide_TI = x_TI.float()
     scale_T1, zero_T1 = _range(wide_TI.amin(-1, True), wide_TI.amax(-1, True), grid)
     return nearest(grid.name, wide_TI, scale_T1, zero_T1, grid.ends), scale_T1, zero_T1
+
+
+def rounded_by_token(x_TI: Tensor, grid: InputGrid) -> Tensor:
+    codes_TI, scale_T1, zero_T1 = by_token(x_TI, grid)
+    return values(grid.name, codes_TI, scale_T1, zero_T1).to(x_TI.dtype)
 
 
 def by_tensor(x_TI: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 
@@ -41,11 +41,11 @@ from quantkernels.tune.search import Of, compiling, search
 ALL: list[Of] = [
     ("weight_only", "int4", 128),
     ("weight_only", "int4", 64),
+    ("weight_only", "int4", 32),
     ("weight_only", "int8", 0),
     ("weight_only", "float8", 0),
     ("w8a8", "int8", 0),
     ("w8a8", "float8", 0),
-    ("w8a8", "int4", 32),
 ]
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
@@ -134,11 +134,12 @@ def _shape(text: str) -> tuple[int, int]:
 def _of(text: str) -> Of:
     parts = text.split("/")
     kernel, codes, group = [*parts, "0"][:3] if 2 <= len(parts) <= 3 else ("", "", "")
-    known = kernel in VERSIONS and codes in get_args(Codes)
-    if not known or group not in ("0", "32", "64", "128"):
+    known = dict.fromkeys(f"{name}/{kind}" for name, kind, _ in ALL)
+    of_group = group == "0" or (kernel == "weight_only" and group in ("32", "64", "128"))
+    if f"{kernel}/{codes}" not in known or not of_group:
         raise argparse.ArgumentTypeError(
-            f"{text}: write KERNEL/CODES or KERNEL/CODES/GROUP, of {', '.join(VERSIONS)}; "
-            f"{', '.join(get_args(Codes))}; 32, 64 or 128 columns"
+            f"{text}: write one of {', '.join(known)}, or weight_only/CODES/GROUP of 32, 64 or 128 "
+            "columns"
         )
     return cast(Kernel, kernel), cast(Codes, codes), int(group)
 

@@ -17,7 +17,6 @@ from quantkernels.launches import (
     BITS,
     OTHER,
     SHARED_BYTES,
-    Codes,
     Kernel,
     Launch,
     Shape,
@@ -25,8 +24,8 @@ from quantkernels.launches import (
     shared_bytes,
     tokens_apart,
 )
+from quantkernels.w8a8 import Weight8
 from quantkernels.w8a8 import fused as w8a8_fused
-from quantkernels.w8a8 import tiles as w8a8_tiles
 from quantkernels.weight_only import fused as weight_only_fused
 from quantkernels.weight_only import tiles
 
@@ -176,44 +175,33 @@ def _weight_only_run(launch: Launch, x_TI: Tensor, weight: tiles.Tiles) -> Tenso
     return weight_only_fused.linear(x_TI, weight, None, launch)
 
 
-def _w8a8_weight(shape: Shape, device: str) -> w8a8_tiles.Tiles8:
-    codes = _codes(shape, device)
-    tiled = shape.codes == "int4"
-    if tiled:
-        codes = w8a8_tiles.pack_codes(codes, shape.codes)
-    rows = -(-shape.rows // 128) * 128
-    return w8a8_tiles.Tiles8(
-        codes=codes.view(torch.float8_e4m3fn) if shape.codes == "float8" else codes,
-        scale=w8a8_tiles.pack_groups(_scale(shape, device), shape.columns, shape.group),
-        sums_O=torch.zeros(rows, device=device) if tiled else None,
+def _w8a8_weight(shape: Shape, device: str) -> Weight8:
+    codes_OI = _codes(shape, device)
+    return Weight8(
+        codes_OI=codes_OI.view(torch.float8_e4m3fn) if shape.codes == "float8" else codes_OI,
+        scale_O=_scale(shape, device)[:, 0],
         kind=shape.codes,
-        group=shape.group,
         features=(shape.rows, shape.columns),
     )
 
 
-W8a8Inputs = tuple[Tensor, Tensor, Tensor | None]
+W8a8Inputs = tuple[Tensor, Tensor]
 
 
 def _w8a8_inputs(shape: Shape, device: str) -> W8a8Inputs:
-    kind: Codes = "float8" if shape.codes == "float8" else "int8"
-    size = Shape(
-        kernel="w8a8", codes=kind, group=0, rows=shape.tokens, columns=shape.columns, tokens=1
-    )
-    codes_TI = _codes(size, device)
+    codes_TI = _codes(replace(shape, rows=shape.tokens), device)
     scale_T = torch.rand(shape.tokens, device=device)
-    zero_T = torch.zeros(shape.tokens, device=device) if shape.codes == "int4" else None
-    return codes_TI.view(torch.float8_e4m3fn) if kind == "float8" else codes_TI, scale_T, zero_T
+    return codes_TI.view(torch.float8_e4m3fn) if shape.codes == "float8" else codes_TI, scale_T
 
 
 def _w8a8_run(
-    launch: Launch, inputs: W8a8Inputs, weight: w8a8_tiles.Tiles8, *, compile_only: bool = False
+    launch: Launch, inputs: W8a8Inputs, weight: Weight8, *, compile_only: bool = False
 ) -> Tensor:
-    codes_TI, scale_T, zero_T = inputs
+    codes_TI, scale_T = inputs
     if launch.other and w8a8.vendor.takes(codes_TI, weight, DTYPE):
         return w8a8.vendor.linear(codes_TI, scale_T, weight, None, DTYPE)
     return w8a8_fused.linear(
-        codes_TI, scale_T, zero_T, weight, None, DTYPE, launch, compile_only=compile_only
+        codes_TI, scale_T, weight, None, DTYPE, launch, compile_only=compile_only
     )
 
 
@@ -238,6 +226,6 @@ SUBJECTS: dict[Kernel, Subject] = {
         compile=lambda launch, inputs, weight: _w8a8_run(launch, inputs, weight, compile_only=True),
         dense=lambda weight: w8a8.reference.values(weight).to(DTYPE),
         served=lambda inputs: (inputs[0].float() * inputs[1][:, None]).to(DTYPE),
-        bytes=lambda weight: weight.codes.nbytes,
+        bytes=lambda weight: weight.codes_OI.nbytes,
     ),
 }
