@@ -146,9 +146,8 @@ def test_a_kind_is_read_from_what_a_worker_says_of_itself() -> None:
     }
     assert HardwareKind.of(told, kernels="a:1", threads=2) == CPU
     assert CPU.label() == "Some CPU, torch 2.13.0, kernels a:1, 2 threads"
-    assert set(HardwareKind.of(told).kernels.split()) == {
-        f"{kernel}:{version}" for kernel, version in VERSIONS.items()
-    }
+    versions = {f"{kernel}:{version}" for kernel, version in VERSIONS.items()}
+    assert set(HardwareKind.of(told).kernels.split()) > versions
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ from quantcore.autoquant.candidates import Candidate, candidate_of
 from quantcore.errors import DAMAGE, StoreError, why_damaged
 
 VERSION = 1
-# Of every kernel of ours: one of another version may be faster. On a CPU none is ours
-KERNELS = " ".join(f"{name}:{VERSIONS[name]}" for name in sorted(VERSIONS))
+# What a time hangs on: every kernel of ours, one of another version may be faster; how inputs are
+# rounded; and how replays are timed, 2 without a pause. On a CPU none of these is ours
+_OF_TIMES = {**VERSIONS, "rounding": 2, "clock": 2}
+KERNELS = " ".join(f"{name}:{_OF_TIMES[name]}" for name in sorted(_OF_TIMES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
