@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,8 +42,6 @@ class Source:
 
     def __init__(self, model: Architecture, dtype: torch.dtype) -> None:
         self.tensors = dict(_tensors(model, dtype))
-        text = SimpleNamespace(num_attention_heads=32)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
         self.companion_bytes = lambda: 2**25
 
 
