@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from orchestrator.block import band_count
 from orchestrator.calibration import MOST_WAITING
-from orchestrator.sizes import FLOAT32, GIB, MIB, Sizes, weights_of
+from orchestrator.sizes import FLOAT32, Sizes, weights_of
+from orchestrator.units import GIB, MIB
 from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.arena import SLAB_BYTES
 from workers.decoding import is_step

@@ -15,7 +15,8 @@ from orchestrator.costs import rates_of
 from orchestrator.fitting import Admission, Admitted, Job, object_store_size
 from orchestrator.machines import choose
 from orchestrator.planning import make_plan, plan_layers
-from orchestrator.sizes import GIB, MIB, Sizes, quantized_bytes
+from orchestrator.sizes import Sizes, quantized_bytes
+from orchestrator.units import GIB, MIB
 from quantcore.errors import Fault, ResourceError, StoreError
 from quantcore.formats import FORMATS
 from quantcore.moments import moment_tree

@@ -13,9 +13,11 @@ import pytest
 
 from orchestrator.checks import check
 from orchestrator.to_plan import check_to_plan
+from quantcore.autoquant import race
 from quantcore.errors import JobFaults
 from tests.command import environment, quantfleet
 from tests.conftest import ARCHITECTURES, TEXT
+from tests.planning import EFFORT
 from workers import remembered
 from workers.architecture import inspect
 from workers.inspected import architecture_of
@@ -28,7 +30,10 @@ PlanJob = Callable[..., Path]
 
 _SECOND_PLAN = """
 import sys
+from functools import partial
 from orchestrator.cli import app
+from quantcore.autoquant import race
+race.Effort = partial(race.Effort, seconds=0.02)
 try:
     app(["plan", sys.argv[1], "--in-process", "--json"])
 except SystemExit as ended:
@@ -74,6 +79,7 @@ def test_a_second_plan_tokenizes_nothing_and_loads_neither_tokenizer_nor_compile
     job_to_plan: PlanJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(race, "Effort", lambda: EFFORT)
     held_out, calls = tmp_path / "held-out.txt", [{"tokens": 1}]
     held_out.write_text(TEXT.replace("whale", "shark"))
     job = job_to_plan(held_out=str(held_out), rounding="rtn", calls=calls, end_to_end=False)
@@ -238,3 +244,9 @@ def test_files_of_a_model_in_a_bucket_are_known_by_their_versions(
     _other_tokenizer(model, text)
     upload_again = open_source(upload(model)).made_of()
     assert upload_again != before
+
+
+def test_help_and_usage_import_no_torch() -> None:
+    told = "import sys; import orchestrator.cli; assert 'torch' not in sys.modules"
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", told], env=environment(), cwd=root, check=True)
