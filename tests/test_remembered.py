@@ -236,14 +236,13 @@ def test_the_oldest_in_use_go_once_there_is_too_much(
 
 
 def test_files_of_a_model_in_a_bucket_are_known_by_their_versions(
-    upload: Callable[..., str], model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    upload: Callable[..., str], model: Path, text: Path
 ) -> None:
     url = upload(model)
     before = open_source(url).made_of()
     assert open_source(url).made_of() == before
     _other_tokenizer(model, text)
-    upload_again = open_source(upload(model)).made_of()
-    assert upload_again != before
+    assert open_source(upload(model)).made_of() != before
 
 
 def test_help_and_usage_import_no_torch() -> None:

@@ -68,7 +68,7 @@ class Memory:
         try:
             LocalStore(self.folder).put(name, head + data)
             _tidy(self.folder)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             self._writable = False
             self.warnings.append(f"nothing is remembered in XDG_CACHE_HOME: {error}")
 

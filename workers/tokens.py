@@ -17,9 +17,9 @@ from quantcore.errors import SourceError
 from workers.remembered import Memory, entry_name, versions_of
 from workers.sources import ModelSource
 
-SHORT = (
-    1 << 14
-)  # characters: tokenized as soon as looked up, and too many to keep, as documents are
+# What has fewer characters is tokenized as soon as looked up; and documents, too many to keep each
+# one, mostly have fewer.
+SHORT = 1 << 14
 _PACKAGES = ("transformers", "tokenizers", "sentencepiece", "tiktoken")
 
 

@@ -65,8 +65,8 @@ class GgufFile:
         }
 
     def made_of(self) -> str:
-        with self.path.open("rb") as file:  # all that stands before the tensors' values
-            return hashlib.sha256(file.read(self._reader.data_offset)).hexdigest()
+        start = self._reader.data[: self._reader.data_offset]  # all before the tensors' values
+        return hashlib.sha256(start.tobytes()).hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         from gguf import dequantize
