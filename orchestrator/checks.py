@@ -5,6 +5,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,15 +23,18 @@ from orchestrator.planning import PLAN, make_plan, plan_layers
 from orchestrator.statistics import Statistics
 from orchestrator.team import Team, admit_team
 from quantcore.errors import Fault, JobFaults, StoreError
-from workers.architecture import Architecture, inspect
+from workers.architecture import Architecture
 from workers.calibration import digest
 from workers.capacity import Disk, disk
+from workers.inspected import architecture_of
 from workers.kind import compute_dtype
 from workers.layout import STATISTICS_INDEX
 from workers.machine import Machine, look
 from workers.plan import MIXED, Plan
+from workers.remembered import Memory
 from workers.sources import ModelSource, open_source
 from workers.store import LocalStore, missing_parents, open_store, probe
+from workers.tokens import KnownTokenizer
 
 if TYPE_CHECKING:
     from orchestrator.planned import Planned
@@ -43,6 +47,7 @@ class Prepared:
     spec: JobSpec
     plan: Plan
     source: ModelSource
+    tokenizer: KnownTokenizer
     architecture: Architecture
     team: Team
     tokens_digest: str | None  # of the calibration's token ids
@@ -106,11 +111,13 @@ def prepare(
     touch_store: bool = True,
     look_at: Look = look_here,
 ) -> Prepared:
-    findings = Findings(document, faults)
+    findings, memory = Findings(document, faults), Memory()
     source = findings.attempt(
         "model.path", lambda: open_source(spec.model.path, getattr(torch, spec.model.dtype))
     )
-    architecture = findings.attempt("model.path", lambda: inspect(source)) if source else None
+    inspected = partial(architecture_of, source, memory) if source else None
+    architecture = findings.attempt("model.path", inspected) if inspected else None
+    tokenizer = KnownTokenizer(source, memory) if source else None
     places = _local_paths(spec)
     with _mark_in_store(spec, touch_store and look_at is not look_here) as mark:
         places |= mark
@@ -123,7 +130,7 @@ def prepare(
     if fleet and any(c.device == "cpu" for c in fleet) and spec.compute_dtype == "float16":
         message = "float16 is not for the CPU (hundreds of times slower): write float32 or bfloat16"
         findings.add(Fault(field="compute_dtype", message=message))
-    windows = calibration_windows(spec, source, architecture, findings)
+    windows = calibration_windows(spec, tokenizer, architecture, findings)
     statistics = kept_statistics(spec, architecture, findings)
     look_at_evaluation(spec, findings)
     if touch_store:
@@ -156,16 +163,17 @@ def prepare(
     if findings.faults:
         raise JobFaults(str(document.path), findings.faults)
     assert plan is not None and source is not None and architecture is not None
-    assert team is not None
+    assert team is not None and tokenizer is not None
     return Prepared(
         spec=spec,
         plan=plan,
         source=source,
+        tokenizer=tokenizer,
         architecture=architecture,
         team=team,
         tokens_digest=digest(windows.ids_SL) if windows else None,
         sources=windows.sources if windows else {},
-        notes=(*plan_notes, *(windows.notes if windows else ())),
+        notes=(*plan_notes, *(windows.notes if windows else ()), *memory.warnings),
         statistics=statistics,
         planned=planned,
     )

@@ -115,8 +115,8 @@ def _run(prepared: "Prepared", site: "Site", output: Output, log: Any) -> "JobRe
 
     watcher = Watcher(ERR, log, quiet=output.quiet)
     observers = Observers(watcher)
-    for note in prepared.notes if prepared.planned and not output.quiet else ():
-        say(note)  # which plan is followed
+    for note in prepared.notes if not output.quiet else ():
+        say(note)  # which plan is followed, and what else is to be known
     try:
         return run_job(prepared, start_workers, observers)
     except BaseException as error:

@@ -40,8 +40,10 @@ from orchestrator.planned import (
 from orchestrator.planning import PLAN, plan_layers
 from quantcore.autoquant.telling import errors_told
 from quantcore.errors import Fault, JobFaults, QuantfleetError, SpecError
-from workers.architecture import Architecture, inspect
+from workers.architecture import Architecture
+from workers.inspected import architecture_of
 from workers.layout import EACH_KIND, dump
+from workers.remembered import Memory
 from workers.sources import open_source
 from workers.store import Store, open_store
 
@@ -220,7 +222,8 @@ def _held(artifact: Artifact, architecture: Architecture, document: Document) ->
 
 def _architecture(spec: JobSpec) -> Architecture | None:
     with contextlib.suppress(QuantfleetError):
-        return inspect(open_source(spec.model.path, getattr(torch, spec.model.dtype)))
+        source = open_source(spec.model.path, getattr(torch, spec.model.dtype))
+        return architecture_of(source, Memory())
     return None
 
 

@@ -18,7 +18,8 @@ from orchestrator.holdings import Chunk, Pace
 from orchestrator.keeping import Keeping
 from orchestrator.machines import Chosen
 from orchestrator.phases import Parts, Phases, peak
-from orchestrator.sizes import GIB, MIB, Sizes, gib
+from orchestrator.sizes import Sizes
+from orchestrator.units import GIB, MIB, gib
 from quantcore.errors import Fault, ResourceError, StoreError
 from workers.architecture import Architecture
 from workers.capacity import Disk

@@ -13,13 +13,13 @@ from workers.calibration import token_windows
 from workers.documents import Windows, measured_tasks, task_windows
 from workers.evaluate import read_text
 from workers.harness import unknown_tasks
-from workers.sources import ModelSource
 from workers.store import open_store
+from workers.tokens import KnownTokenizer
 
 
 def calibration_windows(
     spec: JobSpec,
-    source: ModelSource | None,
+    tokenizer: KnownTokenizer | None,
     architecture: Architecture | None,
     findings: Findings,
 ) -> Windows | None:
@@ -47,9 +47,6 @@ def calibration_windows(
                 message=f"the model takes at most {limit} tokens: write {limit} or less",
             )
         )
-    if source is None:
-        return None
-    tokenizer = findings.attempt("model.path", source.tokenizer)
     if tokenizer is None:
         return None
     if not calibration.tasks:

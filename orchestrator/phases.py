@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 
 from orchestrator.block import band_count
 from orchestrator.calibration import MOST_WAITING
-from orchestrator.sizes import FLOAT32, GIB, MIB, Sizes, weights_of
+from orchestrator.sizes import FLOAT32, Sizes, weights_of
+from orchestrator.units import GIB, MIB
 from quantcore.hqq import CHUNK_OF_A_DEVICE
 from workers.arena import SLAB_BYTES
 from workers.decoding import is_step
@@ -186,9 +187,9 @@ def _products(sizes: Sizes) -> int:
     assert calibration is not None
     squares = sizes.plan.contract.micro_batch * calibration.length**2
     masks = squares * (1 + item)
-    config = sizes.source.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):  # scores are made, not fused away
-        masks += squares * config.num_attention_heads * 2 * FLOAT32
+    attention = sizes.architecture.attention
+    if attention.capped:
+        masks += squares * attention.heads * 2 * FLOAT32
     return sizes.batch_tokens * (forward + hooks) + masks
 
 
@@ -305,11 +306,8 @@ def whole_model(sizes: Sizes, calls: Iterable[int], cache_tokens: int, copies: i
 
 def _cached(sizes: Sizes) -> int:
     """Keys and values of one token."""
-    config = sizes.source.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or sizes.architecture.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * len(sizes.plan.blocks) * kept * width * sizes.item
+    attention = sizes.architecture.attention
+    return 2 * len(sizes.plan.blocks) * attention.kept_heads * attention.width * sizes.item
 
 
 def _with_crumbs(parts: Parts) -> Parts:

@@ -14,8 +14,8 @@ from orchestrator.executors import Result
 from orchestrator.loop import Observer, Summaries
 from orchestrator.plan_room import Stand
 from orchestrator.scheduler import Assignment
-from orchestrator.sizes import gib
 from orchestrator.to_plan import ToPlan
+from orchestrator.units import gib
 from quantcore.autoquant.finalists import Finalist
 from quantcore.autoquant.measurements import HardwareKind, Timing
 from quantcore.autoquant.race import Effort

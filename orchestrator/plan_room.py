@@ -13,7 +13,8 @@ from orchestrator.checks import Prepared
 from orchestrator.fitting import Admitted
 from orchestrator.machines import Chosen
 from orchestrator.phases import whole_model
-from orchestrator.sizes import Sizes, gib, weights_of
+from orchestrator.sizes import Sizes, weights_of
+from orchestrator.units import gib
 from quantcore.autoquant.finalists import MOST
 from quantcore.autoquant.options import Profile
 from quantcore.errors import ResourceError

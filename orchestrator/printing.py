@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.sizes import gib
+from orchestrator.units import gib
 from quantcore.errors import JobFaults, QuantfleetError
 from workers.layout import PICTURE
 

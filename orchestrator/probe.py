@@ -7,7 +7,8 @@ from orchestrator.checks import Prepared
 from orchestrator.costs import block_seconds, solve_seconds
 from orchestrator.phases import block_peak, received_bytes
 from orchestrator.pieces import pieces_of
-from orchestrator.sizes import Sizes, gib
+from orchestrator.sizes import Sizes
+from orchestrator.units import gib
 from quantcore.errors import ResourceError
 from workers.tasks import Probe
 

@@ -18,8 +18,6 @@ from workers.architecture import Architecture
 from workers.plan import MIXED, SAMPLE_TOKENS, BlockPlan, GroupPlan, LayerPlan, Plan
 from workers.sources import ModelSource
 
-MIB = 2**20
-GIB = 2**30
 FLOAT32 = 4
 _HEADER = 256  # bytes of a tensor's line in a file, and of its shape
 _ZERO_POINTS = 1  # bytes at most
@@ -254,11 +252,6 @@ def quantized_bytes(layer: LayerPlan, scale_item: int, form: str) -> int:
     each_row = 4 * words + groups * (scale_item + zero)
     other = FORMATS[form].other_bytes(scheme, out_features, in_features)
     return out_features * each_row + other + 3 * _HEADER
-
-
-def gib(num_bytes: int) -> str:
-    unit, size = ("GiB", GIB) if num_bytes >= GIB // 10 else ("MiB", MIB)
-    return f"{num_bytes / size:.1f}{unit}"
 
 
 def weights_of(block: BlockPlan) -> int:

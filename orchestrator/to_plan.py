@@ -26,7 +26,7 @@ from quantcore.autoquant.choice import Budgets
 from quantcore.autoquant.document import file_name
 from quantcore.autoquant.measurements import HardwareKind
 from quantcore.autoquant.options import PROFILES, Profile
-from quantcore.autoquant.shapes import num_bytes, weight_of
+from quantcore.autoquant.shapes import bytes_of
 from quantcore.autoquant.spots import Features, legal
 from quantcore.errors import Fault, ResourceError, SourceError, SpecError
 from quantcore.formats import FORMATS
@@ -123,6 +123,7 @@ def check_to_plan(path: Path, *, look_at: Look = look_here) -> ToPlan:
         notes=(
             *notes,
             *prepared.admitted.notes,
+            *prepared.tokenizer.memory.warnings,
             *_passed_over(spec, kinds, machines),
             *dict.fromkeys(k.stand for k in kinds if isinstance(k.stand, str) and k.stand),
         ),
@@ -226,7 +227,7 @@ def _held_out(spec: JobSpec, prepared: Prepared) -> tuple[tuple[int, ...], ...]:
         text = path.read_text(encoding="utf-8")[:_HELD_OUT_CHARACTERS]
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"quantization.plan.held_out: cannot read {path}: {error}") from None
-    ids = encode(prepared.source.tokenizer(), text)
+    ids = encode(prepared.tokenizer, text)
     length = min(_HELD_OUT_TOKENS, prepared.architecture.max_length or _HELD_OUT_TOKENS)
     count = min(_HELD_OUT_WINDOWS, len(ids) // length)
     if count == 0:
@@ -333,7 +334,7 @@ def _refuse_too_few_bytes(
 
     @cache
     def size(candidate: Candidate, rows: int, columns: int) -> int:
-        return num_bytes(weight_of(candidate, rows, columns, dtype))
+        return bytes_of(candidate, rows, columns, dtype)
 
     for kind in kinds if limit is not None else ():
         least = 0

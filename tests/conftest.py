@@ -216,8 +216,12 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture(autouse=True)
-def _logs_apart(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+def _logs_and_caches_apart(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("XDG_STATE_HOME", str(base / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(base / "caches" / secrets.token_hex(8)))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from orchestrator.planning import make_plan, plan_layers
-from workers.architecture import Architecture, BlockInfo, LinearInfo
+from workers.architecture import Architecture, Attention, BlockInfo, LinearInfo
 from workers.plan import Norm, Plan
 
 HIDDEN = 2048
@@ -54,6 +54,7 @@ def architecture(
         embedding="model.embed_tokens",
         vocabulary=32000,
         hidden_size=hidden,
+        attention=Attention(heads=32, kept_heads=32, width=hidden // 32, capped=False),
         max_length=4096,
     )
 

@@ -19,6 +19,7 @@ from quantcore.autoquant.candidates import (
     schemes_of,
     worth_timing,
 )
+from quantcore.autoquant.shapes import bytes_of, num_bytes, weight_of
 from quantcore.errors import SpecError
 from quantcore.schemes import SCHEME_KINDS, Scheme
 from quantcore.tensors import Layout, QuantizedTensor, relayout
@@ -139,3 +140,15 @@ def test_marks_and_refusals_are_those_of_weights_that_are_there(
             weight = relayout(QuantizedTensor.of(ours, dtype), layout)
             runs = kernel_for(torch.ones(1, 64, dtype=dtype), weight)
             assert has_kernel(candidate, (32, 64), name, "cpu") == (runs is not reference)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("features", [(64, 256), (96, 768), (128, 100), (33, 35)])
+def test_bytes_are_those_of_the_weight_as_it_lies(features: tuple[int, int], dtype: str) -> None:
+    found = 0
+    for device in ("cpu", "cuda"):
+        for offer in offers(candidates_of(schemes_of(["all"])), features, dtype, device):
+            told = bytes_of(offer.candidate, *features, dtype)
+            assert told == num_bytes(weight_of(offer.candidate, *features, dtype)), offer
+            found += 1
+    assert found > 10

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,8 @@ from orchestrator.costs import rates_of
 from orchestrator.fitting import Admission, Admitted, Job, object_store_size
 from orchestrator.machines import choose
 from orchestrator.planning import make_plan, plan_layers
-from orchestrator.sizes import GIB, MIB, Sizes, quantized_bytes
+from orchestrator.sizes import Sizes, quantized_bytes
+from orchestrator.units import GIB, MIB
 from quantcore.errors import Fault, ResourceError, StoreError
 from quantcore.formats import FORMATS
 from quantcore.moments import moment_tree
@@ -43,8 +43,6 @@ class Source:
 
     def __init__(self, model: Architecture, dtype: torch.dtype) -> None:
         self.tensors = dict(_tensors(model, dtype))
-        text = SimpleNamespace(num_attention_heads=32)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
         self.companion_bytes = lambda: 2**25
 
 

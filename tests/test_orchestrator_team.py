@@ -9,8 +9,8 @@ from orchestrator.bag import Bag
 from orchestrator.holdings import Holdings
 from orchestrator.machines import choose_fleet
 from orchestrator.scheduler import Stop
-from orchestrator.sizes import GIB
 from orchestrator.team import admit_team
+from orchestrator.units import GIB
 from orchestrator.works import quantization_works
 from quantcore.errors import ResourceError
 from tests.fleet import Fleet

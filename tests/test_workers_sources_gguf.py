@@ -117,6 +117,18 @@ def test_dequantized_values_are_near_the_model_it_was_made_from(
         assert (tensor - before[name]).abs().max() <= before[name].abs().max() / 127, name
 
 
+def test_what_a_gguf_file_is_made_of_hangs_on_its_metadata_and_not_on_its_weights(
+    gguf_file: Path, tmp_path: Path
+) -> None:
+    made_of = open_source(gguf_file).made_of()
+    data = bytearray(gguf_file.read_bytes())
+    other = tmp_path / "other.gguf"
+    for at, same in ((len(data) - 1, True), (data.index(b"whale"), False)):
+        data[at] ^= 1  # of a value, then of a token
+        other.write_bytes(data)
+        assert (open_source(other).made_of() == made_of) is same
+
+
 def test_a_gguf_file_becomes_an_artifact(
     gguf_file: Path,
     model_folder: Callable[..., Path],

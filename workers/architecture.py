@@ -51,6 +51,14 @@ class BlockInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    heads: int
+    kept_heads: int  # whose keys and values are kept
+    width: int  # of a head
+    capped: bool  # scores are made, and not fused away
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     model_type: str
     blocks: tuple[BlockInfo, ...]
@@ -58,6 +66,7 @@ class Architecture:
     embedding: str | None  # module name
     vocabulary: int
     hidden_size: int
+    attention: Attention
     max_length: int | None  # positions the model was made for
 
 
@@ -92,7 +101,18 @@ def inspect(source: ModelSource) -> Architecture:
         embedding=_module_name(model.skeleton, model.skeleton.get_input_embeddings()),
         vocabulary=text.vocab_size,
         hidden_size=text.hidden_size,
+        attention=_attention(text),
         max_length=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def _attention(text: Any) -> Attention:
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return Attention(
+        heads=heads,
+        kept_heads=getattr(text, "num_key_value_heads", None) or heads,
+        width=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        capped=bool(getattr(text, "attn_logit_softcapping", None)),
     )
 
 

@@ -26,7 +26,7 @@ def present_devices() -> tuple[str, ...]:
 
 def hardware_kind(device: str) -> dict[str, str]:
     """Two machines with equal answers are expected to compute equal bits."""
-    kind = {"device": device, "torch": str(torch.__version__), "triton": _version("triton")}
+    kind = {"device": device, "torch": str(torch.__version__), "triton": version_of("triton")}
     kind["bfloat16"] = "native" if _multiplies_bfloat16(device) else "none"
     if device == "cuda":
         kind["name"] = torch.cuda.get_device_name()
@@ -127,7 +127,7 @@ def _nvidia_driver() -> str:
         return "unknown"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

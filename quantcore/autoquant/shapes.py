@@ -12,7 +12,10 @@ from quantcore.affine import Qparams
 from quantcore.autoquant.candidates import Candidate
 from quantcore.formats.base import QuantizedLinear
 from quantcore.tensors import QuantizedTensor
+from quantcore.tensors.layouts import Layout
 from quantcore.tensors.packing import PACKINGS, plain
+
+_INPUT_SCALE_BYTES = 4
 
 
 def weight_of(candidate: Candidate, rows: int, columns: int, dtype: str) -> Tensor:
@@ -29,6 +32,25 @@ def weight_of(candidate: Candidate, rows: int, columns: int, dtype: str) -> Tens
     kept = {name: part for name, part in weight.parts().items() if name.startswith("input_")}
     inner = PACKINGS[candidate.layout].pack(weight) | kept
     return QuantizedTensor(inner, replace(weight.facts, layout=candidate.layout))
+
+
+def bytes_of(candidate: Candidate, rows: int, columns: int, dtype: str) -> int:
+    """Of its weight, as `weight_of` has it.
+
+    What a CPU takes comes by arithmetic: an operator on the meta device imports torch's compiler,
+    which takes as long as a plan from known times does.
+    """
+    item, scheme = getattr(torch, dtype).itemsize, candidate.scheme
+    if scheme is None:
+        return int(rows * columns * item)
+    groups = rows * scheme.groups_of(columns)
+    if candidate.layout == Layout.PLAIN:
+        zero = {"none": 0, "int": 1, "float": item}[scheme.zero_point]
+        codes = rows * -(-columns * scheme.bits // 8)
+        return int(codes + groups * (item + zero) + scheme.static * _INPUT_SCALE_BYTES)
+    if candidate.layout == Layout.INT4_CPU:  # scales and zero points in pairs
+        return int(rows * columns // 2 + groups * 2 * item)
+    return num_bytes(weight_of(candidate, rows, columns, dtype))
 
 
 def num_bytes(weight: Tensor) -> int:

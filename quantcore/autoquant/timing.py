@@ -21,7 +21,7 @@ from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.candidates import Candidate
 from quantcore.autoquant.measurements import Product, Timing
 from quantcore.autoquant.race import Contender, Effort, Stopwatch, race
-from quantcore.autoquant.shapes import num_bytes, weight_of
+from quantcore.autoquant.shapes import bytes_of, num_bytes
 from quantcore.autoquant.stopwatches import Clock, Replay
 from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
@@ -62,7 +62,7 @@ class Bench:
 
     def num_bytes(self, candidate: Candidate, rows: int, columns: int, dtype: str) -> int:
         """Of the weight, as it lies in memory."""
-        return num_bytes(weight_of(candidate, rows, columns, dtype))
+        return bytes_of(candidate, rows, columns, dtype)
 
     def prepare(self, products: Iterable[Product]) -> None:
         """Compile at once what stopwatches of all these will need, if that is worth anything."""

@@ -40,7 +40,15 @@ class ModelSource(Protocol):
         """Another one once the model is another, where that can be told without reading it."""
         ...
 
-    config: Any  # transformers.PretrainedConfig
+    @property
+    def config(self) -> Any:
+        """A transformers.PretrainedConfig, read when it is first asked for. Raises SourceError."""
+        ...
+
+    def made_of(self) -> str:
+        """A digest of the files that say what model and tokenizer are: not of the weights."""
+        ...
+
     tensors: Mapping[str, TensorInfo]  # by checkpoint name
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

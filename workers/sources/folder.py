@@ -1,7 +1,9 @@
 """A Hugging Face folder with safetensors weights, in one file or listed by an index."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantcore.errors import SourceError
+from workers.layout import hash_file
 from workers.sources.base import TensorInfo
 from workers.sources.checkpoint import (
     CONFIG,
@@ -39,11 +42,24 @@ class SafetensorsFolder:
         self.path = path
         if not (path / CONFIG).is_file():
             raise SourceError(f"{path} has no {CONFIG}: it is not a Hugging Face model folder")
-        self.config = load_config(path, str(path))
         expected = _weight_files(path)
         found = ((file, _read_header(path / file)) for file in expected)
         self._stored, self._file_of = joined(found, expected)
         self.tensors: Mapping[str, TensorInfo] = {n: t.info for n, t in self._stored.items()}
+
+    @cached_property
+    def config(self) -> Any:
+        return load_config(self.path, str(self.path))
+
+    def made_of(self) -> str:
+        digest = hashlib.sha256()
+        for file in [self.path / CONFIG, *companions(self.path)]:
+            try:
+                found, _ = hash_file(file)
+            except OSError as error:
+                raise SourceError(f"cannot read {file}: {error.strerror or error}") from None
+            digest.update(f"{found} {file.relative_to(self.path).as_posix()}\n".encode())
+        return digest.hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         by_file: dict[str, list[str]] = defaultdict(list)

@@ -6,6 +6,7 @@ knowledge: its maps are used here, so that a block read from the file equals wha
 """
 
 import contextlib
+import hashlib
 import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,6 +63,10 @@ class GgufFile:
             name: TensorInfo(dtype, tuple(int(size) for size in reversed(tensor.shape)))
             for name, tensor in self._tensor_of.items()
         }
+
+    def made_of(self) -> str:
+        start = self._reader.data[: self._reader.data_offset]  # all before the tensors' values
+        return hashlib.sha256(start.tobytes()).hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         from gguf import dequantize

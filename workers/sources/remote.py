@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,6 @@ class RemoteFolder:
         if CONFIG not in self._entries:
             raise SourceError(f"{self.path} has no {CONFIG}: it is not a Hugging Face model folder")
         self._fetch_small(self._entries[CONFIG], _MOST_CONFIG_BYTES)
-        self.config = load_config(self._local, self.path)
         expected = self._weight_files()
         with ThreadPoolExecutor(_REQUESTS) as pool:
             headers = list(pool.map(self._header, expected))
@@ -86,6 +86,15 @@ class RemoteFolder:
         self.tensors: Mapping[str, TensorInfo] = {name: s.info for name, s in stored.items()}
         read = sorted({CONFIG, *expected} | ({INDEX} & self._entries.keys()))
         self.version = hashlib.sha256(repr([self._entries[n] for n in read]).encode()).hexdigest()
+
+    @cached_property
+    def config(self) -> Any:
+        return load_config(self._local, self.path)
+
+    def made_of(self) -> str:
+        """By the versions of the files, as they were listed: none need be fetched for it."""
+        told = [self._entries[CONFIG], *sorted(self._companions(), key=lambda entry: entry.name)]
+        return hashlib.sha256(repr([self.path, told]).encode()).hexdigest()
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """In the order in which they lie. A caller that is slow finds the next ones there."""
