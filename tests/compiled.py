@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantkernels.grids import GridName
 from quantkernels.launches import BITS, Codes
 from quantkernels.weight_only.unpack import excess, unpacking
 
@@ -49,8 +50,9 @@ CASES: list[Case] = [
 ]
 
 # grid, its ends, symmetric, rows by columns, a norm or what else is asked for
-INT8, FLOAT8 = ("affine", (-128, 127)), ("float8", (-448, 448))
-ROUNDINGS: list[tuple[str, tuple[int, int], bool, tuple[int, int], str]] = [
+INT8: tuple[GridName, tuple[int, int]] = ("affine", (-128, 127))
+FLOAT8: tuple[GridName, tuple[int, int]] = ("float8", (-448, 448))
+ROUNDINGS: list[tuple[GridName, tuple[int, int], bool, tuple[int, int], str]] = [
     (*INT8, True, (1, 14_336), "none"),
     (*INT8, False, (40, 4096), "none"),
     (*INT8, True, (2048, 4096), "none"),
@@ -120,7 +122,7 @@ def compiled(
 
 
 def compiled_rounding(
-    grid: str, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], asked: str
+    grid: GridName, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], asked: str
 ) -> dict[str, int | bool]:
     """Of so many rows of so many values, which lie one after another."""
     import triton
@@ -128,7 +130,7 @@ def compiled_rounding(
 
     rows, width = shape
     norm = "none" if asked == "read back" else asked
-    sizes = fused.sizes(rows, width, norm=norm != "none")
+    sizes = fused.sizes(rows, width, grid, norm=norm != "none")
     constants = {
         "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
         "QMAX": ends[1], "SYMMETRIC": symmetric, "NORM": norm, "OWN": True, "PARTS": 1,

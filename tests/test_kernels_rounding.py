@@ -220,7 +220,8 @@ def test_the_kernels_are_their_references(
 def test_rows_too_wide_to_be_held_and_rows_that_programs_share(
     grid: InputGrid, held: int, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"HELD": held, "KEPT": held, "READ": 64, "SEEN": 64, "LEAST_SPAN": span}
+    monkeypatch.setattr(fused, "KEPT", {"affine": held, "float8": held})
+    sizes = {"HELD": held, "READ": 64, "SEEN": 64, "LEAST_SPAN": span}
     for name, value in sizes.items():
         monkeypatch.setattr(fused, name, value)
     monkeypatch.setattr(fused, "PARTS", 7)

@@ -18,17 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
+from quantkernels.grids import GridName
 from quantkernels.nearest import quotient, to_float8, to_whole
 from quantkernels.rounding import reference
 from quantkernels.rounding.operators import as_rounded, kept, outputs
 from quantkernels.rounding.reference import InputGrid
 
 HELD = 32_768  # values of a row that a program keeps for its norm, at most
-KEPT = 8192  # without a norm: a wider one is read twice, the second time from the cache
+# Without a norm: a wider row is read twice, the second time from the cache. float8 takes registers
+KEPT: dict[GridName, int] = {"affine": 16_384, "offset": 16_384, "float8": 8192}
 READ = 4096  # of that at a time
 SEEN = 8192  # in the pass before
 PARTS = 1024  # programs of the pass before, at most
-PROGRAMS, MOST_SPANS, LEAST_SPAN = 256, 8, 512  # where rows are few, and several share one
+PROGRAMS, MOST_SPANS, LEAST_SPAN = 128, 8, 512  # where rows are few, and several share one
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -110,7 +112,7 @@ def _round(
     rows_TI = _rows(x_TI)
     rows, width = rows_TI.shape
     parts = 0 if parts_2P is None else parts_2P.shape[1]
-    size = sizes(rows, width, norm=norm is not None)
+    size = sizes(rows, width, grid.name, norm=norm is not None)
     _round_row[rows, size.spans](
         rows_TI,
         None if norm is None else norm.weight_I,
@@ -149,7 +151,7 @@ class Sizes:
     warps: int
 
 
-def sizes(rows: int, width: int, *, norm: bool) -> Sizes:
+def sizes(rows: int, width: int, grid: GridName, *, norm: bool) -> Sizes:
     block, spans = triton.next_power_of_2(width), 1
     while (
         not norm
@@ -158,7 +160,7 @@ def sizes(rows: int, width: int, *, norm: bool) -> Sizes:
         and block > spans * LEAST_SPAN
     ):
         spans *= 2
-    held = block <= (HELD if norm or spans > 1 else KEPT)
+    held = block <= (HELD if norm or spans > 1 else KEPT[grid])
     return Sizes(
         held=held,
         block=block if held else READ,
