@@ -18,16 +18,17 @@ from quantkernels.weight_only.unpack import excess, unpacking
 
 POINTERS = {
     "codes_ptr": "*i16",
-    "scale_ptr": "*fp32",
-    "zero_ptr": "*fp32",
     "parts_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
 MANY = {"ROWS": 256, "TOKENS": 128, "STAGES": 4, "WARPS": 8, "num_warps": 8}
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
-# kernel, codes, size of a group, zero point, PTX or plain operations, other constants
+# kernel, codes, size of a group, zero point, PTX or plain operations, other constants, and the type
+# of scales and zero points, if not bfloat16
 CASES: list[Case] = [
     ("product", "int4", 128, "none", True, {}),
+    ("product", "int4", 128, "none", True, {"scales": "*fp32"}),
+    ("product", "int4", 64, "none", True, {"TURN": 256, "scales": "*fp16"}),
     ("product", "int4", 128, "affine", True, {"EARLY": True, "TOKENS": 128, "num_warps": 8}),
     ("product", "int4", 64, "offset", True, {"EARLY": True, "SPLIT": 3, "BIAS": True}),
     ("product", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "ROWS": 256}),
@@ -36,6 +37,7 @@ CASES: list[Case] = [
     ("product", "int4", 32, "affine", False, {"SPLIT": 2}),
     ("product", "float8", 0, "none", False, {}),
     ("overlapped", "int4", 128, "none", True, MANY),
+    ("overlapped", "int4", 32, "affine", True, MANY | {"TOKENS": 64, "scales": "*fp32"}),
     ("overlapped", "int4", 64, "affine", True, MANY | {"BIAS": True}),
     ("overlapped", "int4", 32, "none", True, MANY | {"TOKENS": 256, "ROWS": 128}),
     ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
@@ -81,10 +83,11 @@ def compiled(
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
     }  # fmt: skip
-    pointers = POINTERS
+    scales = other.get("scales", "*bf16")
+    pointers = POINTERS | {"scale_ptr": scales, "zero_ptr": scales}
     if name == "w8a8":
         codes = "*fp8e4nv" if kind == "float8" else "*i8"
-        pointers = POINTERS | {
+        pointers |= {
             "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32",
             "parts_ptr": "*fp32" if kind == "float8" else "*i32",
         }  # fmt: skip
@@ -93,7 +96,7 @@ def compiled(
     options = {"num_warps": other.get("num_warps", 4)}
     if name == "overlapped":
         lines = min(constants["ROWS"], 128)
-        pointers = POINTERS | {
+        pointers |= {
             "x_desc": f"tensordesc<bf16[{constants['TOKENS']}, 64],{overlapped.INPUTS!r}>",
             "codes_desc": f"tensordesc<i16[{lines}, 32],{overlapped.CODES!r}>",
         }

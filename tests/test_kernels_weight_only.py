@@ -4,6 +4,7 @@ On a machine with a GPU the kernel runs on it (`pytest -m gpu`); elsewhere in Tr
 by its plain operations and in float16, at sizes that it finishes in a moment.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -136,8 +137,11 @@ def test_scales_come_back_from_tiles(size: int | None, zero: bool) -> None:
     for rows, groups in ((1, 1), (130, 3), (128, 4)):
         columns = groups * (size or 96)
         values_OG = torch.randn(rows, groups if size else 1)
-        packed = pack_groups(values_OG, columns, grouping(size, zero=zero))
-        assert torch.equal(unpack_groups(packed, (rows, columns), size), values_OG)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            values_OG = values_OG.to(dtype)
+            packed = pack_groups(values_OG, columns, grouping(size, zero=zero))
+            back_OG = unpack_groups(packed, (rows, columns), size)
+            assert packed.dtype == dtype and torch.equal(back_OG, values_OG.float())
 
 
 def test_a_word_holds_columns_that_are_32_apart() -> None:
@@ -196,6 +200,38 @@ def test_the_kernel_is_the_formula(
         y_TO = fused.linear(x_TI, weight, bias_O, launch)
         most = 4e-3 if dtype == torch.bfloat16 else 8e-4
         assert y_TO.dtype == dtype and relative(y_TO, wanted_TO) < most
+
+
+def in_16_bits(weight: Tiles, dtype: torch.dtype) -> Tiles:
+    features, size = weight.features, weight.group or None
+    packed = [
+        None
+        if of is None
+        else pack_groups(unpack_groups(of, features, size).to(dtype), features[1], weight.group)
+        for of in (weight.scale, weight.zero)
+    ]
+    assert packed[0] is not None and packed[0].nbytes == weight.scale.nbytes // 2
+    return dataclasses.replace(weight, scale=packed[0], zero=packed[1])
+
+
+@needs_triton
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scales_in_16_bits_give_the_bits_of_those_in_32(
+    form: tuple[Codes, int | None, str, bool], dtype: torch.dtype
+) -> None:
+    """They are the same numbers: sums keep their order and their rounding."""
+    from quantkernels.weight_only import fused
+
+    size = form[1] or 1
+    for (rows, columns), served in itertools.product([(300, 768), (5, 256)], HALVES):
+        weight, _ = weight_of(*form, rows, columns // size * size)
+        halves, x_TI = in_16_bits(weight, dtype), inputs(3, weight.features[1], served)
+        assert torch.equal(fused.dense(halves, served), fused.dense(weight, served))
+        assert torch.equal(reference.dense(halves, served), reference.dense(weight, served))
+        for launch in LAUNCHES:
+            y_TO = fused.linear(x_TI, halves, None, launch)
+            assert torch.equal(y_TO, fused.linear(x_TI, weight, None, launch)), launch
 
 
 @needs_triton

@@ -27,6 +27,22 @@ def test_every_layout_reads_back_the_same(scheme: Scheme, dtype: torch.dtype) ->
         assert back.facts == plain.facts
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("zero_point", ["none", "int", "float"])
+def test_our_tiles_keep_scales_and_zero_points_in_the_scales_dtype(
+    zero_point: ZeroPoint, stored: torch.dtype
+) -> None:
+    scheme = Scheme(name="int4", group_size=64, zero_point=zero_point)
+    plain = QuantizedTensor.of(linear(scheme, 128, 512, stored=stored), torch.bfloat16)
+    there = relayout(plain, Layout.TRITON_TILED)
+    kinds = 1 if there.zero is None else 2
+    assert {part.dtype for part in (there.scale, there.zero) if part is not None} == {stored}
+    assert there.num_bytes() == 128 * 512 // 2 + 128 * 8 * stored.itemsize * kinds
+    back = relayout(there, Layout.PLAIN)
+    for name, part in plain.parts().items():
+        assert torch.equal(back.parts()[name], part) and back.parts()[name].dtype == part.dtype
+
+
 def test_tiles_lie_as_tinygemm_reads_them() -> None:
     """Word by word, from the kernel's own indices: 8 rows and pairs of 16 columns to a tile."""
     for columns, depth in ((32, 2), (64, 4), (96, 2), (256, 8)):

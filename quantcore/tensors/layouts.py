@@ -5,7 +5,7 @@
     tensor_core_tiled    4-bit codes in the tiles that tensor cores load (tinygemm), with scale and
                          zero point of a group side by side; w = q * s + z
     triton_tiled         codes of 4 or 8 bits in the tiles of our own Triton kernels, for any number
-                         of tokens; scales and zero points in float32
+                         of tokens; scales and zero points in the scales' dtype, if floating
     int4_cpu             as tensor_core_tiled, for torch's CPU kernel; its bytes hang on the CPU
                          that packs them
     int4_dynamic_cpu     4-bit codes and scales as torch's CPU kernel for inputs in 8 bits wants

@@ -162,14 +162,15 @@ def _unpack_tiles(weight: QuantizedTensor) -> tuple[Tensor, Qparams]:
 
 
 def _pack_triton(weight: QuantizedTensor) -> dict[str, Tensor]:
-    columns, qparams = weight.facts.features[1], _qparams(weight)
+    columns = weight.facts.features[1]
     group = grouping(weight.scheme.group_size, zero=weight.zero is not None)
     inner = {
         "codes": pack(_plain_codes(weight), codes_kind(weight.scheme)),
-        "scale": pack_groups(qparams.scale_OG, columns, group),
+        "scale": pack_groups(weight.scale, columns, group),
     }
     if weight.zero is not None:
-        inner["zero"] = pack_groups(qparams.zero_OG, columns, group)
+        # whole ones in the scale's dtype, every one of which holds them exactly
+        inner["zero"] = pack_groups(weight.zero.to(weight.scale.dtype), columns, group)
     return inner
 
 

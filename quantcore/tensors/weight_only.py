@@ -37,7 +37,8 @@ def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
 def form_of(weight: QuantizedTensor) -> tuple[object, ...]:
     """What its kernel is compiled for, beside a launch and the inputs' dtype and width."""
     tiles = _tiles(weight)
-    return tiles.kind, tiles.grid, tiles.group, tiles.zero is not None
+    zero = None if tiles.zero is None else tiles.zero.dtype
+    return tiles.kind, tiles.grid, tiles.group, tiles.scale.dtype, zero
 
 
 def compile_for(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> None:

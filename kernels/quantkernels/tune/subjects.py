@@ -146,7 +146,7 @@ def _codes(shape: Shape, device: str) -> Tensor:
 
 def _scale(shape: Shape, device: str) -> Tensor:
     groups = shape.columns // shape.group if shape.group else 1
-    return (torch.rand(shape.rows, groups, device=device) / 64).to(DTYPE).float()
+    return (torch.rand(shape.rows, groups, device=device) / 64).to(DTYPE)
 
 
 def _weight_only_weight(shape: Shape, device: str) -> tiles.Tiles:
@@ -158,7 +158,7 @@ def _weight_only_weight(shape: Shape, device: str) -> tiles.Tiles:
         codes_RPBW=empty.new_empty((blocks, pieces, tiles.ROWS, tiles.WORDS), dtype=torch.int16)
         if meta
         else tiles.pack_codes(_codes(shape, device), shape.codes),
-        scale=empty
+        scale=empty.to(DTYPE)
         if meta
         else tiles.pack_groups(_scale(shape, device), shape.columns, shape.group),
         zero=None,
@@ -179,7 +179,7 @@ def _w8a8_weight(shape: Shape, device: str) -> Weight8:
     codes_OI = _codes(shape, device)
     return Weight8(
         codes_OI=codes_OI.view(torch.float8_e4m3fn) if shape.codes == "float8" else codes_OI,
-        scale_O=_scale(shape, device)[:, 0],
+        scale_O=_scale(shape, device)[:, 0].float(),
         kind=shape.codes,
         features=(shape.rows, shape.columns),
     )

@@ -182,7 +182,7 @@ def _dense(
     for part in tl.static_range(PARTS):
         column = piece * (WORDS * PARTS) + part * WORDS
         scale = (
-            tl.load(scale_ptr + row)
+            tl.load(scale_ptr + row).to(tl.float32)
             if GROUP == 0
             else _of_group(
                 scale_ptr, block, column, tl.num_programs(0) * (WORDS * PARTS), inside, GROUP
@@ -223,4 +223,8 @@ def _pack(codes_ptr, packed_ptr, rows, columns, codes_O, codes_I, BITS: tl.const
 
 @triton.jit
 def _of_group(ptr, block, column, columns, inside, GROUP: tl.constexpr):
-    return tl.load(ptr + (block * (columns // GROUP) + column // GROUP) * BLOCK + inside)
+    number = block * (columns // GROUP) + column // GROUP
+    if ptr.dtype.element_ty == tl.float32:
+        return tl.load(ptr + number * BLOCK + inside)
+    else:  # two groups side by side: a block of rows has an even number
+        return tl.load(ptr + (number // 2 * BLOCK + inside) * 2 + number % 2).to(tl.float32)

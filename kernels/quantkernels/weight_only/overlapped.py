@@ -129,6 +129,8 @@ def overlapped(
     PIECES: gl.constexpr = BITS // 4  # units of a turn
     HALVES: gl.constexpr = 2 // PIECES  # of a turn, in a unit
     GROUPS: gl.constexpr = 128 // GROUP if GROUP > 0 else 0  # of a turn
+    STEP: gl.constexpr = 1 if scale_ptr.dtype.element_ty == gl.float32 else 2  # 16 bits: by twos
+    ZERO_STEP: gl.constexpr = 1 if zero_ptr.dtype.element_ty == gl.float32 else 2
     dtype: gl.constexpr = x_desc.dtype
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
@@ -154,14 +156,14 @@ def overlapped(
         )  # fmt: skip
 
     inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, left))
-    group_at = inside // BLOCK * (turns * (GROUPS * BLOCK)) + inside % BLOCK
-    group_at += (top // BLOCK * turns + first) * (GROUPS * BLOCK) + top % BLOCK
+    block = top // BLOCK + inside // BLOCK
+    place = top % BLOCK + inside % BLOCK
     row_scale_ptr = scale_ptr
-    scale_ptr += group_at
-    zero_ptr += group_at
+    scale_ptr += block * (turns * (GROUPS * BLOCK)) + place * STEP
+    zero_ptr += block * (turns * (GROUPS * BLOCK)) + place * ZERO_STEP
     sums = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, sums_layout))
-    scales = _of_groups(scale_ptr, first < last, GROUPS)
-    zeros = _of_groups(zero_ptr, (first < last) & (ZERO != "none"), GROUPS)
+    scales = _of_groups(scale_ptr, first, first < last, GROUPS, STEP)
+    zeros = _of_groups(zero_ptr, first, (first < last) & (ZERO != "none"), GROUPS, ZERO_STEP)
     for turn in range(first, last):
         unit = (turn - first) * PIECES
         stage = unit % STAGES
@@ -181,10 +183,9 @@ def overlapped(
             mbarrier.wait(full.index(stage), (unit + 1) // STAGES & 1)
             words = codes_smem.index(stage).load(left)
         other = _values(words, scales, zeros, 1, left, dtype, BITS, GROUP, ZERO, EXCESS, PTX)
-        scale_ptr += GROUPS * BLOCK
-        zero_ptr += GROUPS * BLOCK
-        scales = _of_groups(scale_ptr, turn + 1 < last, GROUPS)
-        zeros = _of_groups(zero_ptr, (turn + 1 < last) & (ZERO != "none"), GROUPS)
+        later = turn + 1
+        scales = _of_groups(scale_ptr, later, later < last, GROUPS, STEP)
+        zeros = _of_groups(zero_ptr, later, (later < last) & (ZERO != "none"), GROUPS, ZERO_STEP)
         x_last = x_smem.index(HALVES * stage + HALVES - 1)
         sums = warpgroup_mma(other, x_last.permute((1, 0)), sums, is_async=True)
         sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[sums, one, other])[0])
@@ -200,7 +201,7 @@ def overlapped(
     row = top + gl.arange(0, ROWS, layout=gl.SliceLayout(1, sums_layout))
     asked = token + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, sums_layout))
     if GROUP == 0:
-        total *= gl.expand_dims(gl.load(row_scale_ptr + row), 1)
+        total *= gl.expand_dims(gl.load(row_scale_ptr + row).to(gl.float32), 1)
     if SPLIT == 1:
         _store(total, out_ptr, bias_ptr, top, token, rows, tokens, BIAS, ROWS, TOKENS, WARPS)
     else:
@@ -250,23 +251,27 @@ def _fetch(
 
 
 @gluon.jit
-def _of_groups(ptr, wanted, GROUPS: gl.constexpr):
-    """A turn's scales, or zero points, of each row: as many as it has groups."""
+def _of_groups(ptr, turn, wanted, GROUPS: gl.constexpr, STEP: gl.constexpr):
+    """A turn's scales, or zero points, of each row: as many as it has groups, as they are kept."""
+    NEXT: gl.constexpr = 128 if STEP == 1 else 1  # from a pair's first to its second
     if GROUPS == 0:
         return ()
     elif GROUPS == 1:
-        return (gl.load(ptr, mask=wanted, other=0.0),)
+        at = (turn >> 1) * 256 + (turn & 1) * NEXT
+        return (gl.load(ptr + at, mask=wanted, other=0.0),)
     elif GROUPS == 2:
+        ptr += turn * 256
         return (
             gl.load(ptr, mask=wanted, other=0.0),
-            gl.load(ptr + 128, mask=wanted, other=0.0),
+            gl.load(ptr + NEXT, mask=wanted, other=0.0),
         )
     else:
+        ptr += turn * 512
         return (
             gl.load(ptr, mask=wanted, other=0.0),
-            gl.load(ptr + 128, mask=wanted, other=0.0),
+            gl.load(ptr + NEXT, mask=wanted, other=0.0),
             gl.load(ptr + 256, mask=wanted, other=0.0),
-            gl.load(ptr + 384, mask=wanted, other=0.0),
+            gl.load(ptr + 256 + NEXT, mask=wanted, other=0.0),
         )
 
 
@@ -310,7 +315,7 @@ def _part(
     if GROUP > 0:
         OF: gl.constexpr = PLACE * 32 // GROUP
         if ZERO == "affine":
-            args = args + [_wide(-(zeros[OF] + EXCESS), words)]
+            args = args + [_wide(-(zeros[OF].to(gl.float32) + EXCESS), words)]
         args = args + [_wide(scales[OF], words)]
         if ZERO == "offset":
             args = args + [_wide(zeros[OF], words)]
@@ -320,7 +325,7 @@ def _part(
 
 @gluon.jit
 def _wide(of_rows, like):
-    wide, _ = gl.broadcast(gl.expand_dims(of_rows, 1), like)
+    wide, _ = gl.broadcast(gl.expand_dims(of_rows.to(gl.float32), 1), like)
     return wide
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.ending import finish
+from quantkernels.weight_only.groups import groups_at, of_group, read_groups
 from quantkernels.weight_only.values import joined, settled, values_of
 
 BLOCK = tl.constexpr(tiles.ROWS)
@@ -46,6 +47,10 @@ def product(
     PIECE: tl.constexpr = WORDS * PARTS  # columns of a tile
     PIECES: tl.constexpr = TURN // PIECE
     GROUPS: tl.constexpr = TURN // GROUP if GROUP > 0 else 0
+    scale_dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    zero_dtype: tl.constexpr = zero_ptr.dtype.element_ty
+    SCALED: tl.constexpr = 32 // scale_dtype.primitive_bitwidth * GROUP  # columns, by one word
+    ZEROED: tl.constexpr = 32 // zero_dtype.primitive_bitwidth * GROUP
     LATE: tl.constexpr = GROUP > 0 and not EARLY
     LONG: tl.constexpr = GROUP if LATE and GROUP < PIECE else PIECE
     WIDE: tl.constexpr = LONG if TOKENS > 16 else WORDS  # columns that are multiplied at once
@@ -66,9 +71,8 @@ def product(
     codes_ptr += (block * (PIECES * BLOCK * WORDS) + inside % BLOCK * WORDS)[:, None]
     codes_ptr += word[None, :]
     row_scale_ptr = scale_ptr + top + tl.arange(0, ROWS)
-    group_at = start * (GROUPS * BLOCK) + block * (GROUPS * BLOCK) + inside % BLOCK
-    scale_ptr += group_at
-    zero_ptr += group_at
+    scales_ptr = groups_at(scale_ptr, top, inside, turns, GROUPS)
+    zeros_ptr = groups_at(zero_ptr, top, inside, turns, GROUPS)
     x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * TURN + column[:, None]) * x_I
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for turn in tl.range(first, last, num_stages=STAGES):
@@ -80,12 +84,25 @@ def product(
                     scale = tl.full((ROWS,), 1.0, tl.float32)
                     zero = tl.zeros((ROWS,), tl.float32)
                 elif (piece * PIECE + part * WORDS) % GROUP == 0:
-                    scale = tl.load(scale_ptr + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
-                    zero = tl.zeros((ROWS,), tl.float32)
+                    if (piece * PIECE + part * WORDS) % SCALED == 0:
+                        scales = read_groups(
+                            scales_ptr, turn, piece * PIECE + part * WORDS, GROUP, GROUPS
+                        )
                     if ZERO != "none":
-                        zero = tl.load(zero_ptr + (piece * PIECE + part * WORDS) // GROUP * BLOCK)
+                        if (piece * PIECE + part * WORDS) % ZEROED == 0:
+                            zeros = read_groups(
+                                zeros_ptr, turn, piece * PIECE + part * WORDS, GROUP, GROUPS
+                            )
+                        zero = of_group(
+                            zeros, turn, piece * PIECE + part * WORDS, zero_dtype, GROUP, GROUPS
+                        )
+                    else:
+                        zero = tl.zeros((ROWS,), tl.float32)
+                    scale = of_group(
+                        scales, turn, piece * PIECE + part * WORDS, scale_dtype, GROUP, GROUPS
+                    )
                     if LATE:
-                        of_group = tl.zeros((ROWS, TOKENS), tl.float32)
+                        late = tl.zeros((ROWS, TOKENS), tl.float32)
                 values = values_of(
                     words, scale[:, None], zero[:, None], part, EARLY, x_ptr.dtype.element_ty,
                     BITS, FLOAT8, ZERO, EXCESS, PTX,
@@ -99,19 +116,17 @@ def product(
                         left = columns - turn * TURN - (piece * PIECE + part * WORDS + WORDS - WIDE)
                         x = tl.load(at, mask=asked & (column < left)[:, None], other=0.0)
                     if LATE:
-                        of_group = settled(tl.dot(joined(parts), x, of_group), PTX)
+                        late = settled(tl.dot(joined(parts), x, late), PTX)
                         if (piece * PIECE + part * WORDS + WORDS) % GROUP == 0:
-                            sums += of_group * scale[:, None]
+                            sums += late * scale[:, None]
                     else:
                         sums = settled(tl.dot(joined(parts), x, sums), PTX)
                     parts = ()
         codes_ptr += PIECES * BLOCK * WORDS
-        scale_ptr += GROUPS * BLOCK
-        zero_ptr += GROUPS * BLOCK
         x_ptr += TURN * x_I
 
     row = top + tl.arange(0, ROWS)
-    row_scale = tl.load(row_scale_ptr)[:, None] if GROUP == 0 else 1.0
+    row_scale = tl.load(row_scale_ptr).to(tl.float32)[:, None] if GROUP == 0 else 1.0
     finish(
         out_ptr, bias_ptr, parts_ptr, arrivals_ptr, sums, row_scale, tile, span, count, row, token,
         rows, tokens, BIAS, ROWS, TOKENS, SPLIT,

@@ -6,9 +6,13 @@ words, unpacked, are runs of 32 columns that share a scale. A tile is contiguous
 128 rows follow one another, so that a program reads whole lines and nothing else.
 
     codes   int16 (row blocks, pieces, 128, 32)
-    scale   float32 (row blocks, groups, 128), of groups of 32, 64 or 128 columns; longer ones are
-            written again for every 128. Of whole rows: (rows,), to the padded height
+    scale   of groups of 32, 64 or 128 columns; longer ones are written again for every 128.
+            float32 (row blocks, groups, 128), or in 16 bits (row blocks, groups / 2, 128, 2): two
+            groups of a row side by side, for four bytes are the least that a GPU copies on its own.
+            Of whole rows: (rows,), to the padded height
     zero    like scale, in groups
+
+Scales and zero points in bfloat16 or float16 are kept so, all others in float32.
 
 Rows are padded to multiples of 128 and columns to multiples of 256; inputs there count as nothing.
 
@@ -28,6 +32,7 @@ ROWS = 128  # of a tile
 WORDS = 32  # of 16 bits, in a tile's row
 COLUMNS = 256  # to whose multiples rows are padded
 LONGEST = 128  # group; 32 and 64 are the others
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +92,27 @@ def unpack_codes(codes_RPBW: Tensor, kind: Codes, features: tuple[int, int]) -> 
 def pack_groups(values_OG: Tensor, columns: int, group: int) -> Tensor:
     """Scales or zero points of each group, or (O, 1) of each row; `group` is `Tiles.group`."""
     rows = values_OG.shape[0]
+    dtype = values_OG.dtype if values_OG.dtype in HALVES else torch.float32
     if group == 0:
-        values = values_OG.new_zeros(_up(rows, ROWS), dtype=torch.float32)
+        values = values_OG.new_zeros(_up(rows, ROWS), dtype=dtype)
         values[:rows] = values_OG[:, 0]
         return values
-    wide = values_OG.new_zeros(_up(rows, ROWS), _up(columns, COLUMNS) // group, dtype=torch.float32)
+    wide = values_OG.new_zeros(_up(rows, ROWS), _up(columns, COLUMNS) // group, dtype=dtype)
     there = -(-columns // group)
     apart = -(-there // values_OG.shape[1])  # groups here to one there
-    wide[:rows, :there] = values_OG.float().repeat_interleave(apart, dim=1)[:, :there]
+    wide[:rows, :there] = values_OG.to(dtype).repeat_interleave(apart, dim=1)[:, :there]
+    if dtype in HALVES:
+        return wide.reshape(-1, ROWS, wide.shape[1] // 2, 2).transpose(1, 2).contiguous()
     return wide.reshape(-1, ROWS, wide.shape[1]).transpose(1, 2).contiguous()
 
 
 def unpack_groups(packed: Tensor, features: tuple[int, int], size: int | None) -> Tensor:
     """What `pack_groups` was given, float32 (O, G), of groups of `size` or whole rows."""
     rows, columns = features
+    packed = packed.float()
     if packed.dim() == 1:
         return packed[:rows, None]
-    values_OG = packed.transpose(1, 2).flatten(0, 1)[:rows]
+    values_OG = packed.transpose(1, 2).flatten(0, 1).flatten(1)[:rows]
     group = _up(columns, COLUMNS) // values_OG.shape[1]
     apart = max(1, (size or columns) // group) if size else values_OG.shape[1]
     count = -(-columns // size) if size else 1
