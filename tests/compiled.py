@@ -21,6 +21,7 @@ POINTERS = {
     "parts_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
+LATER = {"LATER": True, "AHEAD": 2}
 MANY = {"ROWS": 256, "TOKENS": 128, "STAGES": 4, "WARPS": 8, "num_warps": 8}
 Case = tuple[str, Codes, int, str, bool, dict[str, Any]]
 # kernel, codes, size of a group, zero point, PTX or plain operations, other constants, and the type
@@ -47,6 +48,13 @@ CASES: list[Case] = [
     ("product", "int4", 128, "none", False, {"TOKENS": 64, "num_warps": 8, "capability": 80}),
     ("product", "int8", 0, "none", False, {"ROWS": 64, "capability": 80}),
     ("w8a8", "int8", 0, "none", True, {"capability": 80}),
+    ("product", "int4", 128, "none", True, {"TURN": 256, "SPLIT": 8} | LATER),
+    ("product", "int4", 64, "affine", True, {"ROWS": 256, "TOKENS": 64, "num_warps": 8} | LATER),
+    ("product", "int4", 32, "offset", True, {"EARLY": True, "scales": "*fp32"} | LATER),
+    ("product", "int8", 0, "none", True, {"ROWS": 32, "TOKENS": 8, "num_warps": 1} | LATER),
+    ("product", "float8", 0, "none", True, LATER | {"AHEAD": 0}),
+    ("w8a8", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "SPLIT": 4} | LATER),
+    ("w8a8", "float8", 0, "none", True, {"EVEN": False, "BIAS": True} | LATER),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -65,11 +73,17 @@ ROUNDINGS: list[tuple[GridName, tuple[int, int], bool, tuple[int, int], str]] = 
     (*INT8, False, (2048, 4096), "read back"),
     (*INT8, False, (300, 40_000), "read back"),
 ]
+# kernels of forward/, with what they are compiled for
+FORWARD: list[tuple[str, dict[str, Any]]] = [
+    ("_rms_norm", {"stride_I": 1, "stride_weight": 1, "OFFSET": False, "BLOCK": 4096}),
+    ("_rotated", {"x_D": 1, "cos_D": 1, "sin_D": 1, "out_D": 1, "HEADS": 32, "HALF": 64}),
+    ("_silu_product", {"gate_I": 1, "up_I": 1, "BLOCK": 2048}),
+]
 
 
 def compiled(
     name: str, kind: Codes, group: int, zero: str, ptx: bool, other: dict[str, Any]
-) -> dict[str, int | bool]:
+) -> dict[str, Any]:
     import triton
     from quantkernels.w8a8 import fused as w8a8
     from quantkernels.weight_only import fused, overlapped, product
@@ -82,6 +96,7 @@ def compiled(
         "SPLIT": 1, "TURN": 128, "STAGES": 3, "BITS": BITS[kind], "FLOAT8": kind == "float8",
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),
+        "LATER": False, "AHEAD": 0,
     }  # fmt: skip
     scales = other.get("scales", "*bf16")
     pointers = POINTERS | {"scale_ptr": scales, "zero_ptr": scales}
@@ -126,7 +141,7 @@ def compiled(
 
 def compiled_rounding(
     grid: GridName, ends: tuple[int, int], symmetric: bool, shape: tuple[int, int], asked: str
-) -> dict[str, int | bool]:
+) -> dict[str, Any]:
     """Of so many rows of so many values, which lie one after another."""
     import triton
     from quantkernels.rounding import fused
@@ -138,7 +153,7 @@ def compiled_rounding(
         "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
         "QMAX": ends[1], "SYMMETRIC": symmetric, "NORM": norm, "OWN": True, "PARTS": 1,
         "FUSED": True, "HELD": sizes.held, "BLOCK": sizes.block, "SPANS": sizes.spans,
-        "PIECE": sizes.piece,
+        "PIECE": sizes.piece, "LATER": True,
     }  # fmt: skip
     if norm == "none":
         constants |= {"weight_ptr": None, "kept_ptr": None}
@@ -165,7 +180,27 @@ def compiled_rounding(
     return _assembled(source, {"num_warps": sizes.warps, "enable_fp_fusion": False}, 90)
 
 
-def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[str, int | bool]:
+def compiled_forward(name: str, constants: dict[str, Any]) -> dict[str, Any]:
+    import triton
+    from quantkernels.forward import fused
+
+    kernel = getattr(fused, name)
+    constants = constants | {"LATER": True}
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else "*bf16"
+        if argument.endswith("_ptr")
+        else "fp32"
+        if argument == "eps"
+        else "i32"
+        for argument in kernel.arg_names
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    return _assembled(source, {"num_warps": 8}, 90)
+
+
+def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -176,6 +211,9 @@ def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[st
         "bytes": len(cubin),
         "spilled": spilled(cubin, tools),
         "serialized": serialized(cubin, tools),
+        "narrow": "ld.global.b16" in made.asm["ptx"],
+        "dependent": "griddepcontrol.wait" in made.asm["ptx"],
+        "hasty": [*hasty(made.asm["ptx"]), *hasty_assembled(_told([tools / "nvdisasm"], cubin))],
     }
 
 
@@ -192,6 +230,29 @@ def serialized(cubin: bytes, tools: Path) -> bool:
     return products > 0 and waits >= products
 
 
+def hasty(ptx: str) -> list[str]:
+    """Of a dependent kernel what touches memory, or leaves the path, before it waits."""
+    if "griddepcontrol" not in ptx:
+        return []
+    begin, waits, _ = ptx[ptx.index("{\n") :].partition("griddepcontrol.wait")
+    released = begin.count("griddepcontrol.launch_dependents") == 1
+    told = [] if waits and released else ["it does not wait, or is not released"]
+    lines = re.sub("//.*", "", begin).replace("{", "\n").replace(";", "\n").splitlines()
+    harmless = re.compile(r"ld\.param|prefetch\.global|cp\.async\.bulk\.prefetch\.L2")
+    touching = re.compile(r"\b(ld|st|atom|red|cp|bra|ret|exit|bar|barrier|mbarrier|prefetch)\b")
+    return told + [line for line in lines if touching.search(line) and not harmless.search(line)]
+
+
+def hasty_assembled(sass: str) -> list[str]:
+    """The same of what the assembler made of it, which moves instructions."""
+    if "PREEXIT" not in sass and "ACQBULK" not in sass:
+        return []
+    begin, waits, _ = sass.partition("ACQBULK")
+    touching = re.compile(r"\s(LD|LDG|LDGSTS|LDS|ST|STG|STS|ATOM|ATOMG|RED|UBLKCP|UTMALDG|EXIT)\b")
+    found = [line.strip() for line in begin.splitlines() if touching.search(line)]
+    return found if waits else ["it does not wait"]
+
+
 def _told(command: list[str | Path], cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -203,6 +264,7 @@ def _told(command: list[str | Path], cubin: bytes) -> str:
 if __name__ == "__main__":
     calls = [*(partial(compiled, *of) for of in CASES)]
     calls += [partial(compiled_rounding, *of) for of in ROUNDINGS]
+    calls += [partial(compiled_forward, *of) for of in FORWARD]
     for call in calls:
         try:
             told: dict[str, Any] = call()

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.compiled import CASES, ROUNDINGS
+from tests.compiled import CASES, FORWARD, ROUNDINGS, hasty
 
-ALL = [*CASES, *ROUNDINGS]
+ALL = [*CASES, *ROUNDINGS, *FORWARD]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton and its assembler"
@@ -44,3 +44,30 @@ def test_it_compiles_and_neither_spills_nor_waits(
     assert results[number]["bytes"] > 0
     assert results[number]["spilled"] == 0
     assert not results[number]["serialized"]
+    assert results[number]["hasty"] == []
+    later = number >= len(CASES) or CASES[number][5].get("LATER", False)
+    assert results[number]["dependent"] == later
+
+
+def test_scales_in_16_bits_are_copied_ahead_as_those_in_32_are(
+    results: list[dict[str, Any]],
+) -> None:
+    """A load of two bytes is waited for where it stands, each turn."""
+    of_groups = [n for n, of in enumerate(CASES) if of[0] == "product" and of[2] and of[4]]
+    assert len(of_groups) > 5
+    for number in of_groups:
+        if not CASES[number][5].get("BIAS"):
+            assert not results[number]["narrow"], ALL[number]
+
+
+def test_what_a_dependent_kernel_must_not_do_before_it_waits_is_seen() -> None:
+    begin = ".visible .entry k(\n.param .u64 p\n)\n{\nld.param.b64 %rd1, [p];\n"
+    released, waits = "griddepcontrol.launch_dependents; // %r1\n", "griddepcontrol.wait; // %r2\n"
+    fetched = "{ .reg .b64 a; @p cp.async.bulk.prefetch.L2.global [a], %r3; }\n"
+    load, end = "@%p1 ld.global.b32 { %r4 }, [ %rd1 + 0 ];\n", "ret;\n}\n"
+    assert hasty(begin + load + end) == []  # an ordinary one
+    assert hasty(begin + released + fetched + waits + load + end) == []
+    assert len(hasty(begin + released + load + waits + end)) == 1
+    assert hasty(begin + released + load + end)[0] == "it does not wait, or is not released"
+    assert hasty(begin + waits + load + end)
+    assert hasty(begin + released + "@%p1 bra $L1;\n" + waits + end)

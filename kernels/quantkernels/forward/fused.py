@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import NORM_VALUES_PER_WARP
+from quantkernels.dependent import later, release, wait
 from quantkernels.devices import on_its_device
 
 PRODUCT_BLOCK = 2048
@@ -35,6 +36,7 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
             weight_I.stride(0),
             form == "offset",
             block,
+            **later(x.device),
             num_warps=norm_warps(block),
         )
     return out_TI.view(x.shape)
@@ -56,7 +58,15 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate_TI, up_TI = gate.reshape(-1, width), up.reshape(-1, width)
     blocks = triton.cdiv(width, PRODUCT_BLOCK)
     _silu_product[(len(gate_TI) * blocks,)](
-        gate_TI, up_TI, out, width, blocks, *gate_TI.stride(), *up_TI.stride(), PRODUCT_BLOCK
+        gate_TI,
+        up_TI,
+        out,
+        width,
+        blocks,
+        *gate_TI.stride(),
+        *up_TI.stride(),
+        PRODUCT_BLOCK,
+        **later(gate.device),
     )
     return out
 
@@ -84,6 +94,7 @@ def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
             *out_BHLD.stride(),
             some,
             half,
+            **later(x_BHLD.device),
             enable_fp_fusion=False,  # else a product and its sum are rounded once, not twice
         )
     return out_BHLD
@@ -101,7 +112,10 @@ def _rms_norm(
     stride_weight,
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
+    LATER: tl.constexpr,
 ):
+    release(LATER)
+    wait(LATER)
     row = tl.cast(tl.program_id(0), tl.int64)
     out_ptr += row * width
     column = tl.arange(0, BLOCK)
@@ -146,7 +160,10 @@ def _rotated(
     out_D,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    LATER: tl.constexpr,
 ):
+    release(LATER)
+    wait(LATER)
     token, sequence = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     value = tl.arange(0, HALF)
@@ -186,7 +203,10 @@ def _silu_product(
     up_T,
     up_I,
     BLOCK: tl.constexpr,
+    LATER: tl.constexpr,
 ):
+    release(LATER)
+    wait(LATER)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
     at = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.dependent import later, release, wait
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
 from quantkernels.grids import GridName
 from quantkernels.nearest import quotient, to_float8, to_whole
@@ -137,6 +138,7 @@ def _round(
         size.piece,
         triton.next_power_of_2(parts),
         x_TI.is_cuda,
+        **later(x_TI.device),
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
@@ -225,7 +227,10 @@ def _round_row(
     PIECE: tl.constexpr,
     PARTS: tl.constexpr,
     FUSED: tl.constexpr,
+    LATER: tl.constexpr,
 ):
+    release(LATER)
+    wait(LATER)
     row = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += row * stride_T
     codes_ptr += row * width

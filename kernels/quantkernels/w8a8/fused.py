@@ -12,11 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.dependent import SECTOR, ahead, fetch_sectors, later, release, wait
 from quantkernels.launches import Launch
 from quantkernels.w8a8.weight import Weight8
 from quantkernels.weight_only.arrivals import arrivals
 
 COLUMNS = tl.constexpr(128)  # of a product
+SECTORS = tl.constexpr(COLUMNS.value // SECTOR)
 
 
 def linear(
@@ -43,6 +45,7 @@ def linear(
         counters = arrivals(device, count)
     grid = (count * split,)
     run = partial(_linear.warmup, grid=grid) if compile_only else _linear[grid]
+    launched = later(device)
     run(
         codes_TI,
         scale_T,
@@ -66,6 +69,8 @@ def linear(
         launch.tokens,
         split,
         launch.stages,
+        AHEAD=triton.next_power_of_2(ahead(launched, launch.rows * COLUMNS.value)),
+        **launched,
         num_warps=launch.warps,
     )
     return out_TO
@@ -95,7 +100,10 @@ def _linear(
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
+    LATER: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
+    release(LATER)
     WHOLE: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     NONE: tl.constexpr = 0 if WHOLE else 0.0
     SUMS: tl.constexpr = tl.int32 if WHOLE else tl.float32
@@ -111,6 +119,11 @@ def _linear(
     here = (token < tokens)[None, :]
     # rows past the end are read as the last one, and not kept
     some = tl.cast(tl.minimum(row, rows - 1), tl.int64)
+    if AHEAD > 0:
+        sector = first * COLUMNS + tl.arange(0, AHEAD * SECTORS) * (COLUMNS // SECTORS)
+        sector = tl.minimum(sector, columns - 1)
+        fetch_sectors(codes_ptr + some[:, None] * codes_O + sector[None, :])
+    wait(LATER)
     codes_ptr += some[:, None] * codes_O + (first * COLUMNS + column)[None, :]
     x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * COLUMNS + column[:, None]) * x_I
     sums = tl.zeros((ROWS, TOKENS), SUMS)

@@ -1,0 +1,118 @@
+"""Kernels that start while the one before ends: programmatic dependent launches, on Hopper.
+
+Between two kernels of a stream a GPU is idle: the first one's last programs end, what they wrote is
+flushed, the next one's programs are sent out, and make their indices. A kernel that is launched as
+a dependent one (CUDA programming guide, "Programmatic Dependent Launch") is sent out as soon as
+every program of the kernel before has said that it may be, or has ended; then it waits by itself:
+
+    release   the kernel after this one may be sent out: said first of all, so that it is once the
+              last of this one's programs have begun
+    fetch     of products: the first bytes of the weight are asked for, to the L2 cache
+    wait      until all of the kernel before has ended, and what it wrote can be seen
+    ...       the kernel as it always was
+
+Why results are those of kernels one after another:
+
+1. Every program of every kernel that is launched so waits, on no condition, before it reads or
+   writes memory. What comes before is arithmetic on the kernel's arguments, and the fetch.
+2. So such a kernel does not end before the one before it has. When it goes on, all kernels before
+   it in the stream have ended, by induction, also where several were sent out that only waited. An
+   ordinary kernel before it, which says nothing, counts as ready when its programs have ended; the
+   wait is for what they wrote. An ordinary kernel, a copy or an event after it waits for the whole
+   of it, and so for all before. Streams wait for each other by events.
+3. All that is written (results, sums of spans, counters of arrivals, which a tile's last program
+   sets back to 0) is written after the wait. So memory is not written that an earlier kernel still
+   reads, as where the allocator hands it on within a stream; and counters that launches of a stream
+   share (weight_only/arrivals.py) are at 0 when the next one comes to them.
+4. The fetch alone comes before. It moves lines to the L2 cache, through which the whole GPU reads
+   and writes. Of a weight that the kernel before is still writing, the cache has the newest bytes
+   when they are read; a register, or a line of L1, that was filled before the wait would not. The
+   bytes lie within tensors that are alive when the kernel is launched.
+5. None waits in a circle: a kernel is sent out when all programs of the one before have begun, so
+   that none takes the place of one that it waits for.
+
+A CUDA graph that is captured keeps such launches as edges of their own kind, from CUDA 12.3 on.
+QUANTFLEET_DEPENDENT=0 has every kernel launched as an ordinary one.
+"""
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from quantkernels.devices import capability
+
+VARIABLE = "QUANTFLEET_DEPENDENT"
+AHEAD_BYTES = 16_384  # of a weight, that a program of a product fetches
+LANES = 32  # that fetch, of a program: each some bytes that lie together
+SECTOR = 32  # bytes, of a line of the L2 cache: what comes from memory at once, at least
+
+_LAUNCHED: dict[str, Any] = {"LATER": True, "launch_pdl": True}
+_ORDINARY: dict[str, Any] = {"LATER": False}
+
+
+def later(device: torch.device) -> dict[str, Any]:
+    """How a kernel that knows of it is launched on a device; on "meta", compiled."""
+    return _LAUNCHED if asked() and _able(device) else _ORDINARY
+
+
+@cache
+def asked() -> bool:
+    text = os.environ.get(VARIABLE, "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"{VARIABLE} is {text!r}: write 0 or 1")
+    return text == "1"
+
+
+@cache
+def _able(device: torch.device) -> bool:
+    ours = device.type in ("cuda", "meta") and torch.version.hip is None
+    return ours and capability(device) >= (9, 0)
+
+
+def ahead(launched: dict[str, Any], num_bytes: int) -> int:
+    """Steps that a program of a product fetches; in each it reads so many bytes of the weight."""
+    return -(-AHEAD_BYTES // num_bytes) if launched["LATER"] else 0
+
+
+@triton.jit
+def release(LATER: tl.constexpr):
+    if LATER:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
+        )
+
+
+@triton.jit
+def wait(LATER: tl.constexpr):
+    if LATER:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def fetch_sectors(ptrs):
+    """The sectors of the bytes that are pointed to, to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def fetch(ptr, stride, num_bytes, count):
+    """Runs of bytes, at most LANES of them, a stride of bytes apart, to the L2 cache.
+
+    They begin where 16 bytes do, at or before `ptr`, and are a multiple of 16 long.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; .reg .b64 a; mov.u32 t, %tid.x; setp.lt.s32 p, t, $4; "
+        "setp.gt.and.s32 p, $3, 0, p; mad.wide.s32 a, t, $2, $1; and.b64 a, a, -16; "
+        "@p cp.async.bulk.prefetch.L2.global [a], $3; mov.b32 $0, t; }",
+        "=r,l,r,r,r",
+        [ptr.to(tl.int64), stride, num_bytes, count],
+        tl.int32,
+        False,
+        1,
+    )
