@@ -32,6 +32,7 @@ from torch import Tensor
 from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.measurements import Product
 from tests.benchmarks import linear_results as results
+from tests.benchmarks.launched import add_options, obey
 from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
 from tests.benchmarks.linear_peers import MODE, peers
 from tests.benchmarks.linear_picture import draw
@@ -81,10 +82,11 @@ class Row:
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    launches = obey(options)
     machine = results.machine(options.device)
     known = results.known(options.json, machine)
     kernels, missing = _kernels(options)
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine.items()) + launches)
     for name, reason in missing.items():
         print(f"missing: {name} ({reason})")
     ceilings = _ceilings(options)
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _compile_ahead(kernels: Sequence[Kernel], options: argparse.Namespace) -> None:
     """All of ours in many processes, which takes seconds for each kernel."""
-    if options.device != "cuda":
+    if options.device != "cuda" or options.ahead_bytes is not None:  # which others don't know of
         return
     compile_ahead(
         Product(
@@ -260,6 +262,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--gemlite-search", choices=("fast", "max"), default="fast")
     parser.add_argument("--compile-ours", action="store_true", help="ours by torch.compile as well")
+    add_options(parser)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     return parser.parse_args(arguments)
