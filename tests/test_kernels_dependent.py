@@ -55,6 +55,14 @@ def test_kernels_are_launched_so_on_hopper_alone_and_unless_it_is_asked_otherwis
         dependent.later(META)
 
 
+def test_an_old_driver_could_not_capture_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(monkeypatch, "1")
+    monkeypatch.setattr(dependent, "_driver", lambda: 12_020)
+    dependent._able.cache_clear()
+    assert dependent.later(META) == {"LATER": False}
+    dependent._able.cache_clear()
+
+
 class Fetched:
     """In the place of what the interpreter knows nothing of."""
 

@@ -46,6 +46,7 @@ import triton.language as tl
 from quantkernels.devices import capability
 
 VARIABLE = "QUANTFLEET_DEPENDENT"
+CAPTURING = 12_030  # the first driver, CUDA 12.3's, that captures such launches into graphs
 AHEAD_BYTES = 16_384  # of a weight, that a program of a product fetches
 LANES = 32  # that fetch, of a program: each some bytes that lie together
 SECTOR = 32  # bytes, of a line of the L2 cache: what comes from memory at once, at least
@@ -70,7 +71,13 @@ def asked() -> bool:
 @cache
 def _able(device: torch.device) -> bool:
     ours = device.type in ("cuda", "meta") and torch.version.hip is None
-    return ours and capability(device) >= (9, 0)
+    return ours and capability(device) >= (9, 0) and _driver() >= CAPTURING
+
+
+def _driver() -> int:
+    """The CUDA that the GPU's driver knows; where there is none, one that will do."""
+    of_torch: Any = torch._C
+    return int(of_torch._cuda_getDriverVersion()) if torch.cuda.is_available() else CAPTURING
 
 
 def ahead(launched: dict[str, Any], num_bytes: int) -> int:
