@@ -126,9 +126,7 @@ def test_a_product_that_fetches_all_it_can_fetches_its_weight(
     weight = in_16_bits(weight, torch.bfloat16) if halves else weight
     launch = Launch(rows=rows, tokens=16, split=split, turn=turn, stages=2, warps=4)
     y_TO = fused.linear(inputs(1, 768, torch.float16), weight, None, launch)
-    read = [weight.codes_RPBW]
-    if weight.group:
-        read += [weight.scale, *([] if weight.zero is None else [weight.zero])]
+    read = [weight.codes_RPBW, weight.scale, *([] if weight.zero is None else [weight.zero])]
     assert not fetched.outside(*read)
     assert (fetched.of(weight.codes_RPBW) == 1).all()
     assert all((fetched.of(tensor) > 0).all() for tensor in read)
@@ -160,9 +158,8 @@ def test_a_product_of_bytes_fetches_rows_that_are_there(
     steps(monkeypatch, 4)
     wide = torch.zeros(rows + 1, columns + 32, dtype=torch.int8)
     codes_OI = wide[:rows, :columns].copy_(codes_of("int8", rows, columns))
-    weight = Weight8(
-        codes_OI=codes_OI, scale_O=torch.ones(rows), kind="int8", features=(rows, columns)
-    )
+    scale_O = torch.full((rows,), 2.0**-10)
+    weight = Weight8(codes_OI=codes_OI, scale_O=scale_O, kind="int8", features=(rows, columns))
     launch = Launch(rows=32, tokens=16, split=2, turn=128, stages=2, warps=4)
     x_TI = codes_of("int8", 3, columns)
     of_bytes.linear(x_TI, torch.ones(3), weight, None, torch.float16, launch)
@@ -171,4 +168,7 @@ def test_a_product_of_bytes_fetches_rows_that_are_there(
     counts = fetched.of(wide).reshape(there.shape)
     assert (counts[there] > 0).all()
     begin, end = wide.data_ptr(), codes_OI[-1, -1:].data_ptr()
-    assert all(begin - dependent.SECTOR < start <= end for start, _ in fetched.runs)
+    assert (fetched.of(scale_O) > 0).all()
+    ends = (begin, end), (scale_O.data_ptr(), scale_O[-1:].data_ptr())
+    for start, _ in fetched.runs:
+        assert any(first - dependent.SECTOR < start <= last for first, last in ends)

@@ -123,6 +123,7 @@ def _linear(
         sector = first * COLUMNS + tl.arange(0, AHEAD * SECTORS) * (COLUMNS // SECTORS)
         sector = tl.minimum(sector, columns - 1)
         fetch_sectors(codes_ptr + some[:, None] * codes_O + sector[None, :])
+        fetch_sectors(scale_ptr + some)
     wait(LATER)
     codes_ptr += some[:, None] * codes_O + (first * COLUMNS + column)[None, :]
     x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * COLUMNS + column[:, None]) * x_I

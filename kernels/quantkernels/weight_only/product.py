@@ -77,6 +77,8 @@ def product(
                 codes_ptr + top % BLOCK * WORDS, scale_ptr, zero_ptr, start + below * turns, some,
                 ROWS, PIECES, GROUPS, ZERO,
             )  # fmt: skip
+        if GROUP == 0:
+            fetch(scale_ptr + top, 0, ROWS * scale_dtype.primitive_bitwidth // 8, 1)
     wait(LATER)
     block = inside // BLOCK * turns
     codes_ptr += start * (PIECES * BLOCK * WORDS)
