@@ -19,7 +19,8 @@ Why results are those of kernels one after another:
    it in the stream have ended, by induction, also where several were sent out that only waited. An
    ordinary kernel before it, which says nothing, counts as ready when its programs have ended; the
    wait is for what they wrote. An ordinary kernel, a copy or an event after it waits for the whole
-   of it, and so for all before. Streams wait for each other by events.
+   of it, and so for all before. Streams wait for each other by events. Kernels of others that are
+   launched as dependent ones, as some of cuBLAS are, have to keep this promise themselves.
 3. All that is written (results, sums of spans, counters of arrivals, which a tile's last program
    sets back to 0) is written after the wait. So memory is not written that an earlier kernel still
    reads, as where the allocator hands it on within a stream; and counters that launches of a stream
