@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -218,17 +217,15 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--tokens", type=arguments.count, nargs="+", default=TOKENS)
     parser.add_argument("--threads", type=arguments.count, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a row, a round")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: write a file in a folder that is there")
+    parser.add_argument("--json", type=arguments.new_file)
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     figures = []
     for rows, columns in options.shapes:
