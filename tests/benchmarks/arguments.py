@@ -4,19 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from quantkernels.tune.arguments import count, shape
 
-
-def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: write a number of 1 or more")
-    return int(text)
-
-
-def shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text}: write ROWSxCOLUMNS, as in 28672x4096")
-    return int(rows), int(columns)
+__all__ = ["count", "device", "folder", "new_file", "shape"]
 
 
 def new_file(text: str) -> Path:
