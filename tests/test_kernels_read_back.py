@@ -1,11 +1,7 @@
-"""Inputs rounded and read back in one pass, and the product by int4 weights that follows it.
-
-On a machine with a GPU the kernels run on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
-which reads subnormal bfloat16 wrongly and stores bfloat16 truncated.
-"""
+"""Inputs rounded and read back in one pass, and the product by int4 weights that follows it."""
 
 import copy
-import importlib.util
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,37 +16,35 @@ from quantcore.tensors import Layout, QuantizedTensor
 from quantcore.tensors import weight_only as products
 from quantcore.tensors.kernels import KERNELS
 from tests.quantized import expected, laid, linear, relative, tokens
-
-ON_GPU = torch.cuda.is_available()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if ON_GPU else "cpu"
-NAN, INF = float("nan"), float("inf")
+from tests.roundings import (
+    DEVICE,
+    DTYPES,
+    HALVES,
+    HAS_TRITON,
+    INF,
+    NAN,
+    ON_GPU,
+    SHAPES,
+    kernels,
+    on_nan,
+)
+from tests.roundings import random as drawn
 
 GRIDS = {
     "with a zero point": InputGrid("affine", -128, 127, symmetric=False),
     "symmetric": InputGrid("affine", -128, 127),
     "int4": InputGrid("affine", -8, 7, symmetric=False),
 }
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXACT = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-SHAPES = [(1, 1), (3, 8), (2, 3, 33), (5, 1000)]
-SHAPES += [(1, 14_336), (8192, 4096), (7, 100_000)] if ON_GPU else []
+EXACT = [torch.float32, *HALVES]
 MOST = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
-kernels = (
-    pytest.mark.gpu
-    if ON_GPU
-    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
-)
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy, on NaN
+pytestmark = on_nan
 if HAS_TRITON:
     from quantkernels.rounding import fused
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * 3 + 1).to(DEVICE, dtype)
+random = partial(drawn, centre=1.0)
 
 
 def same(found: Tensor, wanted: Tensor) -> bool:

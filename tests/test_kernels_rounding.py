@@ -1,11 +1,4 @@
-"""Activations to codes: the references against float64, the kernels against those, bit for bit.
-
-On a machine with a GPU the kernels run on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
-which reads subnormal bfloat16 wrongly and stores bfloat16 truncated.
-"""
-
-import importlib.util
-from collections.abc import Callable
+"""Activations to codes: the references against float64, the kernels against those, bit for bit."""
 
 import numpy as np
 import pytest
@@ -14,43 +7,30 @@ from quantkernels import rounding
 from quantkernels.rounding import InputGrid, operators, reference
 from torch import Tensor
 
-from quantcore.activations import served_inputs
-from quantcore.schemes import Scheme
 from tests.references import float8_values
+from tests.roundings import (
+    DEVICE,
+    DTYPES,
+    GRIDS,
+    HALVES,
+    HAS_TRITON,
+    INF,
+    NAN,
+    ON_GPU,
+    SHAPES,
+    Codes,
+    kernels,
+    on_nan,
+    random,
+    same,
+)
 
-ON_GPU = torch.cuda.is_available()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if ON_GPU else "cpu"
-NAN, INF = float("nan"), float("inf")
-
-GRIDS = {
-    "int8": InputGrid("affine", -128, 127),
-    "int8 with a zero point": InputGrid("affine", -128, 127, symmetric=False),
-    "int4": InputGrid("affine", -8, 7),
-    "float8": InputGrid("float8", -448, 448),
-}
 SYMMETRIC = [grid for grid in GRIDS.values() if grid.symmetric]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
-SHAPES = [
-    (1, 1),
-    (3, 8),
-    (2, 3, 33),
-    (5, 1000),
-    *(((1, 14_336), (1500, 4096), (8192, 4096), (300, 32_768), (7, 100_000)) if ON_GPU else ()),
-]
-
-Codes = tuple[Tensor, Tensor, Tensor]
 
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 symmetric = pytest.mark.parametrize("grid", SYMMETRIC, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-kernels = (
-    pytest.mark.gpu
-    if ON_GPU
-    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
-)
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy, on NaN
+pytestmark = on_nan
 if HAS_TRITON:
     import triton
     import triton.language as tl
@@ -62,25 +42,6 @@ if HAS_TRITON:
     def quotients(x_ptr, by_ptr, out_ptr):
         at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
         tl.store(out_ptr + at, quotient(tl.load(x_ptr + at), tl.load(by_ptr), True))
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * 3).to(DEVICE, dtype)
-
-
-def same(found: Codes, wanted: Codes, grid: InputGrid) -> bool:
-    """To the bit, but for the sign of a NaN."""
-    if any(f.shape != w.shape or f.dtype != w.dtype for f, w in zip(found, wanted, strict=True)):
-        return False
-    codes = [given[0].view(torch.uint8).int() for given in (found, wanted)]
-    if grid.name == "float8":
-        codes = [torch.where(code == 0xFF, 0x7F, code) for code in codes]
-    pairs = [codes, *zip(found[1:], wanted[1:], strict=True)]
-    return all(torch.equal(f.nan_to_num(NAN_STANDS), w.nan_to_num(NAN_STANDS)) for f, w in pairs)
-
-
-NAN_STANDS = -12345.0
 
 
 @pytest.fixture
@@ -367,41 +328,6 @@ def test_the_entry_point_keeps_a_norms_values_if_asked(monkeypatch: pytest.Monke
         assert close(normed_TI, fused_forward.rms_norm(x_TI, weight_I, 1e-5, "scale"))
 
 
-SERVED = [
-    Scheme(name="int8_dynamic"),
-    Scheme(name="int8_static"),
-    Scheme(name="int8_dynamic_int4", group_size=32),
-    Scheme(name="float8_dynamic"),
-    Scheme(name="float8_dynamic", per_tensor=True),
-    Scheme(name="float8_static"),
-]
-
-
-def served(x_TI: Tensor, scheme: Scheme) -> Codes:
-    found = served_inputs(x_TI, scheme, 0.03 if scheme.static else None)
-    return found.codes_TI, found.scale, found.zero
-
-
-@kernels
-@pytest.mark.parametrize("scheme", SERVED, ids=Scheme.label)
-def test_a_served_input_is_the_same_by_kernels_and_compiled(
-    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "float8" if scheme.name.startswith("float8") else "int8"
-    inputs = [random(tokens, 64, dtype=torch.float16, seed=tokens) for tokens in (5, 9)]
-    wanted = [served(x_TI.cpu(), scheme) for x_TI in inputs]
-    monkeypatch.setattr(rounding, "FUSED_DEVICES", (DEVICE,))
-    torch._dynamo.reset()
-    compiled: Callable[..., Codes] = torch.compile(
-        served, fullgraph=True, dynamic=True, backend="inductor" if ON_GPU else "aot_eager"
-    )
-    for x_TI, theirs in zip(inputs, wanted, strict=True):
-        for ours in (served(x_TI, scheme), compiled(x_TI, scheme)):
-            on_cpu = (ours[0].cpu(), ours[1].cpu(), ours[2].cpu())
-            assert same(on_cpu, theirs, GRIDS[name])
-    torch._dynamo.reset()
-
-
 @kernels
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_operators_keep_torchs_rules(tokens: int) -> None:
@@ -417,20 +343,3 @@ def test_operators_keep_torchs_rules(tokens: int) -> None:
         (operators.norm, (x_TI, weight_I, 1e-5, "scale", scale, False, *fields)),
     ):
         torch.library.opcheck(operator, args, test_utils=tests)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("scheme", SERVED, ids=Scheme.label)
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_nothing_waits_and_a_graph_plays_it_again(scheme: Scheme, tokens: int) -> None:
-    grid = GRIDS["float8" if scheme.name.startswith("float8") else "int8"]
-    x_TI = random(tokens, 4096, dtype=torch.bfloat16)
-    served(x_TI, scheme)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # refuses what waits
-        found = served(x_TI, scheme)
-    other_TI = random(tokens, 4096, dtype=torch.bfloat16, seed=1) * 5
-    x_TI.copy_(other_TI)
-    graph.replay()
-    assert same(found, served(other_TI, scheme), grid)

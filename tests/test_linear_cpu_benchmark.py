@@ -45,7 +45,7 @@ def test_a_kernel_that_is_wrong_does_not_pass_the_gate(monkeypatch: pytest.Monke
         (["--shapes", "0x128"], "0: write a number of 1 or more"),
         (["--shapes", "64x100"], "64x100: write rows by 16 and columns by 128"),
         (["--tokens", "0"], "0: write a number of 1 or more"),
-        (["--json", "nowhere/out.json"], "nowhere/out.json: write a file in a folder"),
+        (["--json", "nowhere/out.json"], "nowhere/out.json: write a file's name in a folder"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -2,10 +2,10 @@
 
 Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
 entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
-bfloat16 product took. A shape that was not tuned takes the nearest that was, tokens first, from a
-GPU of the same multiprocessors where its own has none for as many; without data it takes what is
-usual. Data of another version of a kernel are left aside with a warning, and so is a file that is
-damaged or another GPU's. `nearest` tells a planner where a bfloat16 weight is faster:
+bfloat16 product took. A shape that was not tuned takes the nearest that was, by tokens, rows and
+columns, from a GPU of the same multiprocessors where its own has none as near; without data it
+takes what is usual. Data of another version of a kernel are left aside with a warning, and so is a
+file that is damaged or another GPU's. `nearest` tells a planner where a bfloat16 weight is faster:
 
     found = nearest(Shape(kernel="weight_only", codes="int4", group=128, rows=6144, columns=4096,
                           tokens=512), "NVIDIA H200")

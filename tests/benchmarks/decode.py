@@ -41,6 +41,7 @@ from quantcore.quantize import quantize_
 from quantcore.recorder import Recorder
 from quantcore.schemes import SCHEME_KINDS, resolve_scheme
 from quantcore.tensors import Layout, QuantizedTensor
+from tests.benchmarks import arguments
 from tests.benchmarks.block_costs import SHAPES
 from tests.benchmarks.launched import add_options, obey
 from tests.benchmarks.perplexity import perplexity
@@ -295,15 +296,20 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(WHOLE), default="llama-8b")
-    parser.add_argument("--blocks", type=int, help="of the shape; all of them by default")
-    parser.add_argument("--model", type=Path, help="a folder with a real model, instead of a shape")
+    parser.add_argument("--blocks", type=arguments.count, help="all of them by default")
+    parser.add_argument("--model", type=arguments.folder, help="a folder: a real model")
     parser.add_argument("--text", type=Path, help="what the real model reads")
-    parser.add_argument("--text-tokens", type=int, default=8192)
-    parser.add_argument("--schemes", nargs="+", help="names; all of them by default")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to decode")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--text-tokens", type=arguments.count, default=8192)
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        choices=sorted({r.scheme for r in ROWS if r.scheme}),
+        help="names; all of them by default",
+    )
+    parser.add_argument("--batch", type=arguments.count, default=1)
+    parser.add_argument("--prompt", type=arguments.count, default=128, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=arguments.count, default=200, help="tokens to decode")
+    parser.add_argument("--repeats", type=arguments.count, default=5)
     parser.add_argument(
         "--compile",
         nargs="?",
@@ -312,9 +318,11 @@ def main() -> None:
         help=f"by torch.compile; {TUNED} with the settings that we recommend takes minutes a row",
     )
     parser.add_argument("--apart", action="store_true", help="linears of one input are not joined")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     add_options(parser)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=arguments.new_file)
     options = parser.parse_args()
     launches = obey(options)
     if (options.model is None) != (options.text is None):

@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from quantcore.quantize import quantize_
 from quantcore.tensors import Layout, QuantizedTensor
 from quantcore.tensors.kernels import kernel_for
+from tests.benchmarks import arguments
 from workers.kind import hardware_kind
 
 SHAPES = ((4096, 4096), (14_336, 4096), (4096, 14_336), (28_672, 4096))
@@ -212,28 +212,20 @@ def overhead_us(row: Row) -> tuple[float, float]:
 def _shape(text: str) -> tuple[int, int]:
     rows, _, columns = text.partition("x")
     if columns.isdigit() and int(columns) % 128 == 0 and rows.isdigit() and int(rows) % 16 == 0:
-        return _count(rows), _count(columns)
+        return arguments.count(rows), arguments.count(columns)
     raise argparse.ArgumentTypeError(f"{text}: write rows by 16 and columns by 128, as 4096x14336")
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: write a number of 1 or more")
-    return int(text)
-
-
 @torch.no_grad()
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
-    parser.add_argument("--tokens", type=_count, nargs="+", default=TOKENS)
-    parser.add_argument("--threads", type=_count, default=2)
+    parser.add_argument("--tokens", type=arguments.count, nargs="+", default=TOKENS)
+    parser.add_argument("--threads", type=arguments.count, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a row, a round")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: write a file in a folder that is there")
+    parser.add_argument("--json", type=arguments.new_file)
+    options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     figures = []
     for rows, columns in options.shapes:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.measurements import Product
+from tests.benchmarks import arguments
 from tests.benchmarks import linear_results as results
 from tests.benchmarks.launched import add_options, obey
 from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
@@ -80,8 +81,8 @@ class Row:
 
 
 @torch.no_grad()
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
+def main(given: Sequence[str] | None = None) -> None:
+    options = _options(given)
     launches = obey(options)
     machine = results.machine(options.device)
     known = results.known(options.json, machine)
@@ -246,26 +247,23 @@ def _kernels(options: argparse.Namespace) -> tuple[list[Kernel], dict[str, str]]
     return [BF16, *wanted], missing
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    return int(rows), int(columns)
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument(
+        "--shapes", type=arguments.shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS"
+    )
+    parser.add_argument("--tokens", type=arguments.count, nargs="+", default=TOKENS)
     parser.add_argument("--kernels", nargs="+", help="parts of names; bf16 always runs")
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--passes", type=arguments.count, default=3)
+    parser.add_argument("--device", type=arguments.device, default="cuda")
     parser.add_argument("--gemlite-search", choices=("fast", "max"), default="fast")
     parser.add_argument("--compile-ours", action="store_true", help="ours by torch.compile as well")
     add_options(parser)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--svg", type=Path)
-    return parser.parse_args(arguments)
+    parser.add_argument("--svg", type=arguments.new_file)
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

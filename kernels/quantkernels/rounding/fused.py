@@ -2,9 +2,9 @@
 
 Rows too wide for that are read twice. Where rows are few, several programs share one: each finds
 the extremes of all of it, and rounds its span, for a multiprocessor takes longer to round than to
-read. One scale for all rows takes a pass before, whose programs
-leave the extremes of what they saw; every program of the second pass compares those. Extremes don't
-hang on the order of comparing, so no result hangs on tiles or warps.
+read. One scale for all rows takes a pass before, whose programs leave the extremes of what they
+saw; every program of the second pass compares those. Extremes don't hang on the order of comparing,
+so no result hangs on tiles or warps.
 
 Extremes are compared as whole numbers: the bits of floats, turned so that they have the order of
 the values, with a NaN beyond the infinities. So one NaN is enough to be found.
@@ -27,7 +27,7 @@ from quantkernels.rounding.reference import InputGrid
 
 HELD = 32_768  # values of a row that a program keeps for its norm, at most
 # Without a norm: a wider row is read twice, the second time from the cache. float8 takes registers
-KEPT: dict[GridName, int] = {"affine": 16_384, "offset": 16_384, "float8": 8192}
+KEPT: dict[GridName, int] = {"affine": 16_384, "float8": 8192}
 READ = 4096  # of that at a time
 SEEN = 8192  # in the pass before
 PARTS = 1024  # programs of the pass before, at most

@@ -36,6 +36,7 @@ from quantkernels.launches import (
     parse,
 )
 from quantkernels.tune import SHAPES
+from quantkernels.tune.arguments import count, shape
 from quantkernels.tune.search import Of, compiling, search
 
 ALL: list[Of] = [
@@ -105,7 +106,7 @@ def _line(entry: Tuned) -> str:
     return (
         f"{shape.rows}x{shape.columns} {shape.kernel} {shape.codes}/{shape.group} {shape.tokens} "
         f"tokens: {entry.time_us:.1f} us, dense {entry.dense_us:.1f}, "
-        f"{entry.dense_us / entry.time_us:.2f} times; {how}"
+        f"{entry.ratio:.2f} times; {how}"
     )
 
 
@@ -124,13 +125,6 @@ def _document(gpu: str, entries: list[Tuned]) -> str:
     return json.dumps(head)[:-1] + ', "launches": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _shape(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-        raise argparse.ArgumentTypeError(f"{text}: write ROWSxCOLUMNS, as 28672x4096")
-    return int(rows), int(columns)
-
-
 def _of(text: str) -> Of:
     parts = text.split("/")
     kernel, codes, group = [*parts, "0"][:3] if 2 <= len(parts) <= 3 else ("", "", "")
@@ -144,26 +138,20 @@ def _of(text: str) -> Of:
     return cast(Kernel, kernel), cast(Codes, codes), int(group)
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: write a number of 1 or more")
-    return int(text)
-
-
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Tuned]]:
     """What is asked for, and what is known already; what may be refused is before the search."""
     parser = argparse.ArgumentParser(description=__doc__)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     shipped = Path(__file__).parents[1] / "tuned" / file_name(gpu or "GPU")
     parser.add_argument("--out", type=Path, default=shipped)
-    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="ROWSxCOLUMNS")
     parser.add_argument("--of", type=_of, nargs="+", default=ALL, help="weight_only/int4/128 ...")
-    parser.add_argument("--tokens", type=_count, nargs="+", default=TOKENS)
-    parser.add_argument("--most", type=_count, default=150, help="launches tried of each")
+    parser.add_argument("--tokens", type=count, nargs="+", default=TOKENS)
+    parser.add_argument("--most", type=count, default=150, help="launches tried of each")
     parser.add_argument(
         "--familiar", action="store_true", help="only launches that are best of another shape"
     )
-    parser.add_argument("--processes", type=_count, default=multiprocessing.cpu_count())
+    parser.add_argument("--processes", type=count, default=multiprocessing.cpu_count())
     options = parser.parse_args(arguments)
     out: Path = options.out
     for (_, columns), (kernel, codes, group) in product(options.shapes, options.of):
