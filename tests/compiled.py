@@ -153,7 +153,7 @@ def compiled_rounding(
         "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
         "QMAX": ends[1], "SYMMETRIC": symmetric, "NORM": norm, "OWN": True, "PARTS": 1,
         "FUSED": True, "HELD": sizes.held, "BLOCK": sizes.block, "SPANS": sizes.spans,
-        "PIECE": sizes.piece, "LATER": True,
+        "PIECE": sizes.piece, "LATER": True, "EARLY": rows == 1,
     }  # fmt: skip
     if norm == "none":
         constants |= {"weight_ptr": None, "kept_ptr": None}
@@ -185,7 +185,7 @@ def compiled_forward(name: str, constants: dict[str, Any]) -> dict[str, Any]:
     from quantkernels.forward import fused
 
     kernel = getattr(fused, name)
-    constants = constants | {"LATER": True}
+    constants = constants | {"LATER": True, "EARLY": True}
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -235,8 +235,8 @@ def hasty(ptx: str) -> list[str]:
     if "griddepcontrol" not in ptx:
         return []
     begin, waits, _ = ptx[ptx.index("{\n") :].partition("griddepcontrol.wait")
-    released = begin.count("griddepcontrol.launch_dependents") == 1
-    told = [] if waits and released else ["it does not wait, or is not released"]
+    crowded = "griddepcontrol.launch_dependents" in begin
+    told = [] if waits and not crowded else ["it does not wait, or releases what cannot run yet"]
     lines = re.sub("//.*", "", begin).replace("{", "\n").replace(";", "\n").splitlines()
     harmless = re.compile(r"ld\.param|prefetch\.global|cp\.async\.bulk\.prefetch\.L2")
     touching = re.compile(r"\b(ld|st|atom|red|cp|bra|ret|exit|bar|barrier|mbarrier|prefetch)\b")

@@ -66,8 +66,9 @@ def test_what_a_dependent_kernel_must_not_do_before_it_waits_is_seen() -> None:
     fetched = "{ .reg .b64 a; @p cp.async.bulk.prefetch.L2.global [a], %r3; }\n"
     load, end = "@%p1 ld.global.b32 { %r4 }, [ %rd1 + 0 ];\n", "ret;\n}\n"
     assert hasty(begin + load + end) == []  # an ordinary one
-    assert hasty(begin + released + fetched + waits + load + end) == []
-    assert len(hasty(begin + released + load + waits + end)) == 1
-    assert hasty(begin + released + load + end)[0] == "it does not wait, or is not released"
-    assert hasty(begin + waits + load + end)
-    assert hasty(begin + released + "@%p1 bra $L1;\n" + waits + end)
+    assert hasty(begin + fetched + waits + load + released + end) == []
+    assert hasty(begin + waits + released + load + end) == []
+    assert len(hasty(begin + load + waits + end)) == 1
+    for wrong in (load + released, released + waits + load):
+        assert "it does not wait" in hasty(begin + wrong + end)[0]
+    assert hasty(begin + "@%p1 bra $L1;\n" + waits + end)

@@ -47,8 +47,11 @@ def test_kernels_are_launched_so_on_hopper_alone_and_unless_it_is_asked_otherwis
     launched = dependent.later(META)  # compiled for a GPU that is not here: Hopper
     assert launched == {"LATER": True, "launch_pdl": True}
     assert dependent.ahead(launched, 4096) * 4096 == dependent.AHEAD_BYTES
+    assert dependent.later_than_few(META, 4, 8) == launched | {"EARLY": True}
+    assert dependent.later_than_few(META, 5, 8) == launched | {"EARLY": False}
     ask(monkeypatch, "0")
     assert dependent.later(META) == {"LATER": False}
+    assert dependent.later_than_few(META, 1) == {"LATER": False, "EARLY": False}
     assert dependent.ahead(dependent.later(META), 4096) == 0
     ask(monkeypatch, "no")
     with pytest.raises(ValueError, match="QUANTFLEET_DEPENDENT is 'no': write 0 or 1"):

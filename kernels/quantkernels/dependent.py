@@ -5,11 +5,16 @@ flushed, the next one's programs are sent out, and make their indices. A kernel 
 a dependent one (CUDA programming guide, "Programmatic Dependent Launch") is sent out as soon as
 every program of the kernel before has said that it may be, or has ended; then it waits by itself:
 
-    release   the kernel after this one may be sent out: said first of all, so that it is once the
-              last of this one's programs have begun
     fetch     of products: the first bytes of the weight are asked for, to the L2 cache
     wait      until all of the kernel before has ended, and what it wrote can be seen
     ...       the kernel as it always was
+    release   the kernel after this one may be sent out
+
+A kernel's programs stay where they were put, and they are put where there is room. Sent out while
+most of the GPU is taken, they crowd on the few multiprocessors that have room, or get it first, and
+when their turn comes the others are idle: with the release at the beginning a product of 23 us took
+30. So a product releases when all that is left is to write, and a kernel of few programs, which
+leave room everywhere, at once after its wait; others do when they end.
 
 Why results are those of kernels one after another:
 
@@ -29,13 +34,15 @@ Why results are those of kernels one after another:
    and writes. Of a weight that the kernel before is still writing, the cache has the newest bytes
    when they are read; a register, or a line of L1, that was filled before the wait would not. The
    bytes lie within tensors that are alive when the kernel is launched.
-5. None waits in a circle: a kernel is sent out when all programs of the one before have begun, so
-   that none takes the place of one that it waits for.
+5. None waits in a circle: a kernel is sent out when all programs of the one before have released
+   it, or have ended, so that none takes the place of one that it waits for.
 
 A CUDA graph that is captured keeps such launches as edges of their own kind, from CUDA 12.3 on.
 QUANTFLEET_DEPENDENT=0 has every kernel launched as an ordinary one.
 """
 
+import ctypes
+import math
 import os
 from functools import cache
 from typing import Any
@@ -49,6 +56,7 @@ from quantkernels.devices import capability
 VARIABLE = "QUANTFLEET_DEPENDENT"
 CAPTURING = 12_030  # the first driver, CUDA 12.3's, that captures such launches into graphs
 AHEAD_BYTES = 16_384  # of a weight, that a program of a product fetches
+FEW = 32  # programs of a kernel, beside which all of the next one's have room
 LANES = 32  # that fetch, of a program: each some bytes that lie together
 SECTOR = 32  # bytes, of a line of the L2 cache: what comes from memory at once, at least
 
@@ -59,6 +67,12 @@ _ORDINARY: dict[str, Any] = {"LATER": False}
 def later(device: torch.device) -> dict[str, Any]:
     """How a kernel that knows of it is launched on a device; on "meta", compiled."""
     return _LAUNCHED if asked() and _able(device) else _ORDINARY
+
+
+def later_than_few(device: torch.device, *grid: int) -> dict[str, Any]:
+    """The same of a kernel that is no product, and of how many programs it has."""
+    launched = later(device)
+    return launched | {"EARLY": launched["LATER"] and math.prod(grid) <= FEW}
 
 
 @cache
@@ -77,8 +91,11 @@ def _able(device: torch.device) -> bool:
 
 def _driver() -> int:
     """The CUDA that the GPU's driver knows; where there is none, one that will do."""
-    of_torch: Any = torch._C
-    return int(of_torch._cuda_getDriverVersion()) if torch.cuda.is_available() else CAPTURING
+    if not torch.cuda.is_available():
+        return CAPTURING
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def ahead(launched: dict[str, Any], num_bytes: int) -> int:
@@ -87,17 +104,17 @@ def ahead(launched: dict[str, Any], num_bytes: int) -> int:
 
 
 @triton.jit
-def release(LATER: tl.constexpr):
-    if LATER:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
-        )
-
-
-@triton.jit
 def wait(LATER: tl.constexpr):
     if LATER:
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
+def release(NOW: tl.constexpr):
+    if NOW:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
+        )
 
 
 @triton.jit

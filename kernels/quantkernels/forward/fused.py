@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.bits import NORM_VALUES_PER_WARP
-from quantkernels.dependent import later, release, wait
+from quantkernels.dependent import later_than_few, release, wait
 from quantkernels.devices import on_its_device
 
 PRODUCT_BLOCK = 2048
@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: str) -> Tensor:
             weight_I.stride(0),
             form == "offset",
             block,
-            **later(x.device),
+            **later_than_few(x.device, len(rows_TI)),
             num_warps=norm_warps(block),
         )
     return out_TI.view(x.shape)
@@ -66,7 +66,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
         *gate_TI.stride(),
         *up_TI.stride(),
         PRODUCT_BLOCK,
-        **later(gate.device),
+        **later_than_few(gate.device, len(gate_TI), blocks),
     )
     return out
 
@@ -81,7 +81,8 @@ def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
     half = triton.next_power_of_2(values // 2)
     some = max(1, min(triton.next_power_of_2(heads), ROTATED_VALUES // (2 * half)))
     if x_BHLD.numel():
-        _rotated[(length, triton.cdiv(heads, some), sequences)](
+        grid = length, triton.cdiv(heads, some), sequences
+        _rotated[grid](
             x_BHLD,
             cos_BLD,
             sin_BLD,
@@ -94,7 +95,7 @@ def rotated(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
             *out_BHLD.stride(),
             some,
             half,
-            **later(x_BHLD.device),
+            **later_than_few(x_BHLD.device, *grid),
             enable_fp_fusion=False,  # else a product and its sum are rounded once, not twice
         )
     return out_BHLD
@@ -113,9 +114,10 @@ def _rms_norm(
     OFFSET: tl.constexpr,
     BLOCK: tl.constexpr,
     LATER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    release(LATER)
     wait(LATER)
+    release(EARLY)
     row = tl.cast(tl.program_id(0), tl.int64)
     out_ptr += row * width
     column = tl.arange(0, BLOCK)
@@ -161,9 +163,10 @@ def _rotated(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     LATER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    release(LATER)
     wait(LATER)
+    release(EARLY)
     token, sequence = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(2), tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     value = tl.arange(0, HALF)
@@ -204,9 +207,10 @@ def _silu_product(
     up_I,
     BLOCK: tl.constexpr,
     LATER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    release(LATER)
     wait(LATER)
+    release(EARLY)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
     at = tl.cast(tl.program_id(0) % blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

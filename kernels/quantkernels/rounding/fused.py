@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.dependent import later, release, wait
+from quantkernels.dependent import later_than_few, release, wait
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
 from quantkernels.grids import GridName
 from quantkernels.nearest import quotient, to_float8, to_whole
@@ -138,7 +138,7 @@ def _round(
         size.piece,
         triton.next_power_of_2(parts),
         x_TI.is_cuda,
-        **later(x_TI.device),
+        **later_than_few(x_TI.device, rows, size.spans),
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
@@ -228,9 +228,10 @@ def _round_row(
     PARTS: tl.constexpr,
     FUSED: tl.constexpr,
     LATER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    release(LATER)
     wait(LATER)
+    release(EARLY)
     row = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += row * stride_T
     codes_ptr += row * width

@@ -103,7 +103,6 @@ def _linear(
     LATER: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    release(LATER)
     WHOLE: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     NONE: tl.constexpr = 0 if WHOLE else 0.0
     SUMS: tl.constexpr = tl.int32 if WHOLE else tl.float32
@@ -145,6 +144,7 @@ def _linear(
 
     held = here & (row < rows)[:, None]
     if SPLIT == 1:
+        release(LATER)
         _store(
             out_ptr, sums, x_scale_ptr, scale_ptr, bias_ptr, row, token, rows, tokens,
             BY_TOKEN, BIAS,
@@ -155,7 +155,9 @@ def _linear(
         stride = tl.cast(count, tl.int64) * (ROWS * TOKENS)
         tl.store(parts_ptr + span * stride + at, sums, mask=held)
         tl.debug_barrier()  # all of this program's sums are written before it says so
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        release(LATER)
+        if arrived == SPLIT - 1:
             tl.store(arrivals_ptr + tile, 0)
             whole = tl.zeros((ROWS, TOKENS), SUMS)
             for other in tl.static_range(SPLIT):

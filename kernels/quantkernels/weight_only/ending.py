@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from quantkernels.dependent import release
+
 
 @triton.jit
 def finish(
@@ -23,10 +25,12 @@ def finish(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
+    LATER: tl.constexpr,
 ):
     """Where a tile has several spans, the last program to come adds them up, in their order."""
     held = (token < tokens)[None, :] & (row < rows)[:, None]
     if SPLIT == 1:
+        release(LATER)
         store(out_ptr, bias_ptr, sums * row_scale, row, token, rows, held, BIAS)
     else:
         at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
@@ -34,7 +38,9 @@ def finish(
         stride = tl.cast(count, tl.int64) * (ROWS * TOKENS)
         tl.store(parts_ptr + span * stride + at, sums, mask=held)
         tl.debug_barrier()  # all of this program's sums are written before it says so
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT - 1:
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        release(LATER)
+        if arrived == SPLIT - 1:
             tl.store(arrivals_ptr + tile, 0)
             whole = tl.zeros((ROWS, TOKENS), tl.float32)
             for other in tl.static_range(SPLIT):

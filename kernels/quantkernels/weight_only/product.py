@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from quantkernels.dependent import fetch, release, wait
+from quantkernels.dependent import fetch, wait
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.ending import finish
 from quantkernels.weight_only.groups import fetch_groups, groups_at, of_group, read_groups
@@ -46,7 +46,6 @@ def product(
     LATER: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    release(LATER)
     PARTS: tl.constexpr = 16 // BITS
     PIECE: tl.constexpr = WORDS * PARTS  # columns of a tile
     PIECES: tl.constexpr = TURN // PIECE
@@ -143,7 +142,7 @@ def product(
     row_scale = tl.load(row_scale_ptr).to(tl.float32)[:, None] if GROUP == 0 else 1.0
     finish(
         out_ptr, bias_ptr, parts_ptr, arrivals_ptr, sums, row_scale, tile, span, count, row, token,
-        rows, tokens, BIAS, ROWS, TOKENS, SPLIT,
+        rows, tokens, BIAS, ROWS, TOKENS, SPLIT, LATER,
     )  # fmt: skip
 
 
