@@ -63,7 +63,7 @@ def test_scales_in_16_bits_are_copied_ahead_as_those_in_32_are(
 def test_what_a_dependent_kernel_must_not_do_before_it_waits_is_seen() -> None:
     begin = ".visible .entry k(\n.param .u64 p\n)\n{\nld.param.b64 %rd1, [p];\n"
     released, waits = "griddepcontrol.launch_dependents; // %r1\n", "griddepcontrol.wait; // %r2\n"
-    fetched = "{ .reg .b64 a; @p cp.async.bulk.prefetch.L2.global [a], %r3; }\n"
+    fetched = "prefetch.global.L2 [%rd1];\n"
     load, end = "@%p1 ld.global.b32 { %r4 }, [ %rd1 + 0 ];\n", "ret;\n}\n"
     assert hasty(begin + load + end) == []  # an ordinary one
     assert hasty(begin + fetched + waits + load + released + end) == []

@@ -5,16 +5,16 @@ flushed, the next one's programs are sent out, and make their indices. A kernel 
 a dependent one (CUDA programming guide, "Programmatic Dependent Launch") is sent out as soon as
 every program of the kernel before has said that it may be, or has ended; then it waits by itself:
 
-    fetch     of products: the first bytes of the weight are asked for, to the L2 cache
+    fetch     of products of bytes: their weight's first are asked for, to the L2 cache
     wait      until all of the kernel before has ended, and what it wrote can be seen
     ...       the kernel as it always was
     release   the kernel after this one may be sent out
 
 A kernel's programs stay where they were put, and they are put where there is room. Sent out while
 most of the GPU is taken, they crowd on the few multiprocessors that have room, or get it first, and
-when their turn comes the others are idle: with the release at the beginning a product of 23 us took
-30. So a product releases when all that is left is to write, and a kernel of few programs, which
-leave room everywhere, at once after its wait; others do when they end.
+when their turn comes the others are idle: with the release at the beginning, a product of 23 us
+took 30 on one H100. So a product releases when all that is left is to write, and a kernel of few
+programs, which leave room everywhere, at once after its wait; others do by ending.
 
 Why results are those of kernels one after another:
 
@@ -55,10 +55,7 @@ from quantkernels.devices import capability
 
 VARIABLE = "QUANTFLEET_DEPENDENT"
 CAPTURING = 12_030  # the first driver, CUDA 12.3's, that captures such launches into graphs
-AHEAD_BYTES = 16_384  # of a weight, that a program of a product fetches
 FEW = 32  # programs of a kernel, beside which all of the next one's have room
-LANES = 32  # that fetch, of a program: each some bytes that lie together
-SECTOR = 32  # bytes, of a line of the L2 cache: what comes from memory at once, at least
 
 _LAUNCHED: dict[str, Any] = {"LATER": True, "launch_pdl": True}
 _ORDINARY: dict[str, Any] = {"LATER": False}
@@ -98,11 +95,6 @@ def _driver() -> int:
     return version.value
 
 
-def ahead(launched: dict[str, Any], num_bytes: int) -> int:
-    """Steps that a program of a product fetches; in each it reads so many bytes of the weight."""
-    return -(-AHEAD_BYTES // num_bytes) if launched["LATER"] else 0
-
-
 @triton.jit
 def wait(LATER: tl.constexpr):
     if LATER:
@@ -115,29 +107,3 @@ def release(NOW: tl.constexpr):
         tl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1
         )
-
-
-@triton.jit
-def fetch_sectors(ptrs):
-    """The sectors of the bytes that are pointed to, to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def fetch(ptr, stride, num_bytes, count):
-    """Runs of bytes, at most LANES of them, a stride of bytes apart, to the L2 cache.
-
-    They begin where 16 bytes do, at or before `ptr`, and are a multiple of 16 long.
-    """
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; .reg .b64 a; mov.u32 t, %tid.x; setp.lt.s32 p, t, $4; "
-        "setp.gt.and.s32 p, $3, 0, p; mad.wide.s32 a, t, $2, $1; and.b64 a, a, -16; "
-        "@p cp.async.bulk.prefetch.L2.global [a], $3; mov.b32 $0, t; }",
-        "=r,l,r,r,r",
-        [ptr.to(tl.int64), stride, num_bytes, count],
-        tl.int32,
-        False,
-        1,
-    )

@@ -43,7 +43,6 @@ from quantcore.schemes import SCHEME_KINDS, resolve_scheme
 from quantcore.tensors import Layout, QuantizedTensor
 from tests.benchmarks import arguments
 from tests.benchmarks.block_costs import SHAPES
-from tests.benchmarks.launched import add_options, obey
 from tests.benchmarks.perplexity import perplexity
 from workers.decoding import Decoder, captured
 from workers.fusing import fuse
@@ -321,10 +320,8 @@ def main() -> None:
     parser.add_argument(
         "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    add_options(parser)
     parser.add_argument("--json", type=arguments.new_file)
     options = parser.parse_args()
-    launches = obey(options)
     if (options.model is None) != (options.text is None):
         parser.error("write --model and --text together, or neither")
     rows = [r for r in ROWS if r.scheme in (None, *(options.schemes or [r.scheme]))]
@@ -348,8 +345,7 @@ def main() -> None:
     shape_name = f"{options.shape} ({options.blocks or 'all'} blocks)"
     name = options.model.name if options.model else shape_name
     how = f"compiled ({options.compile})" if options.compile else "not compiled"
-    told = f"batch {options.batch}, prompt {options.prompt}, {how}{launches}"
-    print(f"\n{name}, {told}; {kind}\n")
+    print(f"\n{name}, batch {options.batch}, prompt {options.prompt}, {how}; {kind}\n")
     print(table(measured))
     if tokenizer is not None:
         print(f"\n{text_table(measured, tokenizer.decode)}")

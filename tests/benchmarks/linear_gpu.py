@@ -33,7 +33,6 @@ from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.measurements import Product
 from tests.benchmarks import arguments
 from tests.benchmarks import linear_results as results
-from tests.benchmarks.launched import add_options, obey
 from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
 from tests.benchmarks.linear_peers import MODE, peers
 from tests.benchmarks.linear_picture import draw
@@ -83,11 +82,10 @@ class Row:
 @torch.no_grad()
 def main(given: Sequence[str] | None = None) -> None:
     options = _options(given)
-    launches = obey(options)
     machine = results.machine(options.device)
     known = results.known(options.json, machine)
     kernels, missing = _kernels(options)
-    print(", ".join(f"{name} {value}" for name, value in machine.items()) + launches)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for name, reason in missing.items():
         print(f"missing: {name} ({reason})")
     ceilings = _ceilings(options)
@@ -107,7 +105,7 @@ def main(given: Sequence[str] | None = None) -> None:
 
 def _compile_ahead(kernels: Sequence[Kernel], options: argparse.Namespace) -> None:
     """All of ours in many processes, which takes seconds for each kernel."""
-    if options.device != "cuda" or options.ahead_bytes is not None:  # which others don't know of
+    if options.device != "cuda":
         return
     compile_ahead(
         Product(
@@ -260,7 +258,6 @@ def _options(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=arguments.device, default="cuda")
     parser.add_argument("--gemlite-search", choices=("fast", "max"), default="fast")
     parser.add_argument("--compile-ours", action="store_true", help="ours by torch.compile as well")
-    add_options(parser)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=arguments.new_file)
     return parser.parse_args(given)

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.dependent import SECTOR, ahead, fetch_sectors, later, release, wait
+from quantkernels.dependent import later, release, wait
 from quantkernels.launches import Launch
 from quantkernels.w8a8.weight import Weight8
 from quantkernels.weight_only.arrivals import arrivals
 
 COLUMNS = tl.constexpr(128)  # of a product
-SECTORS = tl.constexpr(COLUMNS.value // SECTOR)
+AHEAD_BYTES = 16_384  # of its codes, that a program has fetched while it waits
+SECTOR = tl.constexpr(32)  # bytes of a line of the L2 cache, the least that comes from memory
 
 
 def linear(
@@ -69,11 +70,17 @@ def linear(
         launch.tokens,
         split,
         launch.stages,
-        AHEAD=triton.next_power_of_2(ahead(launched, launch.rows * COLUMNS.value)),
+        AHEAD=_ahead(launch.rows) if launched["LATER"] else 0,
         **launched,
         num_warps=launch.warps,
     )
     return out_TO
+
+
+def _ahead(rows: int) -> int:
+    """Pieces of the columns."""
+    pieces: int = triton.next_power_of_2(triton.cdiv(AHEAD_BYTES, rows * COLUMNS.value))
+    return pieces
 
 
 @triton.jit
@@ -119,10 +126,10 @@ def _linear(
     # rows past the end are read as the last one, and not kept
     some = tl.cast(tl.minimum(row, rows - 1), tl.int64)
     if AHEAD > 0:
-        sector = first * COLUMNS + tl.arange(0, AHEAD * SECTORS) * (COLUMNS // SECTORS)
+        sector = first * COLUMNS + tl.arange(0, AHEAD * (COLUMNS // SECTOR)) * SECTOR
         sector = tl.minimum(sector, columns - 1)
-        fetch_sectors(codes_ptr + some[:, None] * codes_O + sector[None, :])
-        fetch_sectors(scale_ptr + some)
+        _fetch(codes_ptr + some[:, None] * codes_O + sector[None, :])
+        _fetch(scale_ptr + some)
     wait(LATER)
     codes_ptr += some[:, None] * codes_O + (first * COLUMNS + column)[None, :]
     x_ptr += tl.cast(token, tl.int64)[None, :] * x_T + (first * COLUMNS + column[:, None]) * x_I
@@ -167,6 +174,14 @@ def _linear(
                 out_ptr, whole, x_scale_ptr, scale_ptr, bias_ptr, row, token, rows, tokens,
                 BY_TOKEN, BIAS,
             )  # fmt: skip
+
+
+@triton.jit
+def _fetch(ptrs):
+    """The sectors of the bytes that are pointed to, to the L2 cache: nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], tl.int32, False, 1
+    )
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkernels.dependent import LANES, ahead, later
+from quantkernels.dependent import later
 from quantkernels.devices import capability, on_its_device
 from quantkernels.launches import BITS, Codes, Launch
 from quantkernels.weight_only import tiles
@@ -65,8 +65,6 @@ def linear(
     run = partial(product.warmup, grid=grid) if compile_only else product[grid]
     zero = "none" if weight.zero is None else weight.grid
     early = weight.group > 0 and (launch.early or zero == "offset")
-    launched = later(x_TI.device)
-    num_bytes = turn * height * BITS[weight.kind] // 8
     run(
         x_TI,
         weight.codes_RPBW,
@@ -90,8 +88,7 @@ def linear(
         TURN=turn,
         SPLIT=split,
         STAGES=launch.stages,
-        AHEAD=min(ahead(launched, num_bytes), LANES * piece // turn),
-        **launched,
+        **later(x_TI.device),
         **_codes(weight, x_TI.dtype, x_TI.device, scaled=early),
         num_warps=launch.warps,
     )

@@ -9,7 +9,6 @@ same word again, out of a cache. They are widened exactly.
 import triton
 import triton.language as tl
 
-from quantkernels.dependent import fetch
 from quantkernels.weight_only import tiles
 
 BLOCK = tl.constexpr(tiles.ROWS)
@@ -24,16 +23,6 @@ def groups_at(ptr, top, inside, turns, GROUPS: tl.constexpr):
         words = words // 2
     ptr += tl.cast(top // BLOCK, tl.int64) * words * BLOCK
     return ptr + (inside // BLOCK * (words * BLOCK) + inside % BLOCK)
-
-
-@triton.jit
-def fetch_groups(ptr, turn, turns, GROUPS: tl.constexpr):
-    """To the L2 cache, of so many turns, the first one counted from the weight's first."""
-    first, last = turn * GROUPS, (turn + turns) * GROUPS
-    if ptr.dtype.element_ty != tl.float32:
-        ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        first, last = first >> 1, (last + 1) >> 1
-    fetch(ptr + first * BLOCK, 0, ((last - first) * (BLOCK * 4)).to(tl.int32), 1)
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from quantkernels.dependent import fetch, wait
+from quantkernels.dependent import wait
 from quantkernels.weight_only import tiles
 from quantkernels.weight_only.ending import finish
-from quantkernels.weight_only.groups import fetch_groups, groups_at, of_group, read_groups
+from quantkernels.weight_only.groups import groups_at, of_group, read_groups
 from quantkernels.weight_only.values import joined, settled, values_of
 
 BLOCK = tl.constexpr(tiles.ROWS)
@@ -44,7 +44,6 @@ def product(
     EXCESS: tl.constexpr,
     PTX: tl.constexpr,
     LATER: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     PARTS: tl.constexpr = 16 // BITS
     PIECE: tl.constexpr = WORDS * PARTS  # columns of a tile
@@ -69,15 +68,6 @@ def product(
     word, column = tl.arange(0, WORDS), tl.arange(0, WIDE)
     inside = top % BLOCK + tl.arange(0, ROWS)  # of this block of rows, or of the next
     start = tl.cast(top // BLOCK, tl.int64) * turns + first
-    if AHEAD > 0:
-        some = tl.minimum(last - first, AHEAD)
-        for below in tl.static_range(max(1, ROWS // BLOCK)):
-            _fetch(
-                codes_ptr + top % BLOCK * WORDS, scale_ptr, zero_ptr, start + below * turns, some,
-                ROWS, PIECES, GROUPS, ZERO,
-            )  # fmt: skip
-        if GROUP == 0:
-            fetch(scale_ptr + top, 0, ROWS * scale_dtype.primitive_bitwidth // 8, 1)
     wait(LATER)
     block = inside // BLOCK * turns
     codes_ptr += start * (PIECES * BLOCK * WORDS)
@@ -144,24 +134,3 @@ def product(
         out_ptr, bias_ptr, parts_ptr, arrivals_ptr, sums, row_scale, tile, span, count, row, token,
         rows, tokens, BIAS, ROWS, TOKENS, SPLIT, LATER,
     )  # fmt: skip
-
-
-@triton.jit
-def _fetch(
-    codes_ptr,
-    scale_ptr,
-    zero_ptr,
-    turn,
-    turns,
-    ROWS: tl.constexpr,
-    PIECES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ZERO: tl.constexpr,
-):
-    """Some turns of a block of rows, the first one counted from the weight's first."""
-    codes_ptr += turn * (PIECES * BLOCK * WORDS)
-    fetch(codes_ptr, BLOCK * WORDS * 2, min(ROWS, BLOCK) * WORDS * 2, turns * PIECES)
-    if GROUPS > 0:
-        fetch_groups(scale_ptr, turn, turns, GROUPS)
-        if ZERO != "none":
-            fetch_groups(zero_ptr, turn, turns, GROUPS)
