@@ -190,7 +190,7 @@ def test_a_weight_that_the_kernel_before_writes_is_read_as_written(
         blocks = -(-len(bits) // fused.PRODUCT_BLOCK)
         fused._silu_product[(blocks,)](
             gate, up, bits, len(bits), blocks, *(0, 1), *(0, 1), fused.PRODUCT_BLOCK,
-            **dependent.later(bits.device),
+            **dependent.later_than_few(bits.device, blocks),
         )  # fmt: skip
 
     def run() -> list[Tensor]:
