@@ -107,12 +107,15 @@ def test_familiar_launches_are_the_best_of_others_for_about_as_many_tokens() -> 
     assert OTHER in set(familiar(replace(shape, tokens=128), known, 100))
 
 
-def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(own: Path) -> None:
-    h100 = launches.SIBLINGS[H200]
-    written(own, H200, [tuned(SHAPE)])
-    written(own, h100, [tuned(SHAPE, OTHER), tuned(replace(SHAPE, tokens=128), OTHER)])
-    assert choose(SHAPE, H200, 132) == LAUNCH
-    assert choose(replace(SHAPE, tokens=128), H200, 132) == OTHER
+def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launches.SIBLINGS[launches.SIBLINGS[H200]] == H200
+    monkeypatch.setattr(launches, "SIBLINGS", {"Some GPU": "A sibling"})
+    written(own, "Some GPU", [tuned(SHAPE)])
+    written(own, "A sibling", [tuned(SHAPE, OTHER), tuned(replace(SHAPE, tokens=128), OTHER)])
+    assert choose(SHAPE, "Some GPU", 132) == LAUNCH
+    assert choose(replace(SHAPE, tokens=128), "Some GPU", 132) == OTHER
 
 
 def test_tokens_come_before_whose_multiprocessors_they_were(own: Path) -> None:
