@@ -48,6 +48,8 @@ def commit(store: Store, job: str, files: FileFacts) -> bool:
                 store.delete(name)
         for name in store.list(f"{KEPT}/"):
             store.delete(name)
+        for folder in (MODEL, KEPT):
+            store.sweep(folder)  # of workers that were killed while they wrote
     return written
 
 

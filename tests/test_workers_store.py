@@ -175,6 +175,21 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_what_a_killed_writer_left_is_swept_away(store: Store, tmp_path: Path) -> None:
+    store.put("model/x", b"whole")
+    store.put("ledger/y", b"whole")
+    left = [tmp_path / "deep/store" / name for name in ("model/.new-1a", "ledger/.new-2b")]
+    if isinstance(store, LocalStore):
+        for path in left:
+            path.write_bytes(b"ha")
+    store.sweep("model")
+    store.sweep("kept")  # which nobody has made
+    assert store.list() == ["ledger/y", "model/x"]
+    assert not left[0].exists() and left[1].exists() == isinstance(store, LocalStore)
+    with pytest.raises(StoreError):
+        store.sweep("../elsewhere")
+
+
 class _Overwrites(LocalStore):
     """A store without conditional writes, as some S3 servers are."""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from quantcore.errors import StoreError
 from workers.store.base import safe_name
 
+_UNFINISHED = ".new-"  # how names of files begin that are being written
+
 
 class LocalStore:
     """A folder. Files appear by rename or hard link, so that none is ever seen half-written."""
@@ -55,11 +57,20 @@ class LocalStore:
     def list(self, prefix: str = "") -> list[str]:
         files = (path for path in self._root.rglob("*") if path.is_file())
         names = sorted(path.relative_to(self._root).as_posix() for path in files)
-        return [name for name in names if name.startswith(prefix) and "/.new-" not in f"/{name}"]
+        return [
+            name
+            for name in names
+            if name.startswith(prefix) and f"/{_UNFINISHED}" not in f"/{name}"
+        ]
 
     def delete(self, name: str) -> None:
         with self._translated(name):
             self._path(name).unlink(missing_ok=True)
+
+    def sweep(self, folder: str) -> None:
+        with self._translated(folder):
+            for unfinished in self._path(folder).rglob(f"{_UNFINISHED}*"):
+                unfinished.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self._root / safe_name(name)
@@ -67,7 +78,7 @@ class LocalStore:
     @contextlib.contextmanager
     def _new_file(self, name: str) -> Iterator[Path]:
         path = self._path(name)
-        temporary = path.parent / f".new-{secrets.token_hex(8)}"
+        temporary = path.parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
         with self._translated(name, "; name a folder that can be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
