@@ -128,6 +128,15 @@ def _tokenizer() -> Any:
     )
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What torch.empty gives is NaN, or the largest whole number."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The threads of small products wait for each other far longer than they work."""

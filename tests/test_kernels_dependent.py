@@ -21,7 +21,7 @@ if torch.cuda.is_available():
 from quantkernels import dependent
 from quantkernels.w8a8 import fused as of_bytes
 
-from tests.test_kernels_weight_only import codes_of
+from tests.tiled import codes_of
 
 SECTOR = of_bytes.SECTOR.value
 CPU, META = torch.device("cpu"), torch.device("meta")

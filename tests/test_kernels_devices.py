@@ -20,7 +20,7 @@ from torch import Tensor
 from quantcore.schemes import Scheme
 from quantcore.tensors import QuantizedTensor, w8a8
 from tests.quantized import linear as quantized
-from tests.test_kernels_weight_only import weight_of
+from tests.tiled import weight_of
 
 
 @dataclass

@@ -6,7 +6,6 @@ which knows no float8 product.
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -38,13 +37,7 @@ LAUNCHES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """What torch.empty gives is NaN, or the largest whole number."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def values_of(codes: Tensor, kind: Codes) -> np.ndarray:

@@ -1,161 +1,34 @@
-"""The weight-only product: its tiles, its reference, and the Triton kernel beside it.
-
-On a machine with a GPU the kernel runs on it (`pytest -m gpu`); elsewhere in Triton's interpreter,
-by its plain operations and in float16, at sizes that it finishes in a moment.
-"""
+"""The weight-only product: its reference, and the Triton kernel beside it (tests/tiled.py)."""
 
 import dataclasses
-import importlib.util
 import itertools
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from quantkernels.launches import OTHER, Codes, Launch
+from quantkernels.launches import OTHER, Launch
 from quantkernels.weight_only import dense, linear, reference
-from quantkernels.weight_only.tiles import (
-    Tiles,
-    grouping,
-    pack_codes,
-    pack_groups,
-    program_rows,
-    unpack_codes,
-    unpack_groups,
-)
+from quantkernels.weight_only.tiles import Tiles, pack_groups, program_rows, unpack_groups
 from torch import Tensor
 
-from tests.references import float8_values
-
-ON_GPU = torch.cuda.is_available()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICE = "cuda" if ON_GPU else "cpu"
-HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
-
-needs_triton = (
-    pytest.mark.gpu
-    if ON_GPU
-    else pytest.mark.skipif(not HAS_TRITON, reason="needs triton (3.9 or newer without a GPU)")
+from tests.tiled import (
+    DEVICE,
+    FORMS,
+    HALVES,
+    ON_GPU,
+    SMALL,
+    Form,
+    inputs,
+    needs_triton,
+    relative,
+    weight_of,
 )
-SMALL = Launch(rows=32, tokens=16, split=1, turn=128, stages=2, warps=4)
-# codes, size of a group, grid, whether there is a zero point
-FORMS: list[tuple[Codes, int | None, str, bool]] = [
-    ("int4", 32, "affine", False),
-    ("int4", 64, "affine", True),
-    ("int4", 128, "offset", True),
-    ("int4", 256, "affine", False),
-    ("int4", None, "affine", False),
-    ("int4", None, "offset", True),
-    ("int8", None, "affine", False),
-    ("int8", 32, "affine", True),
-    ("int8", 64, "offset", True),
-    ("float8", None, "float8", False),
-]
 
-
-def codes_of(kind: Codes, rows: int, columns: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rows + columns)
-    if kind == "int4":
-        return torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
-    codes_OI = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    if kind == "float8":  # no NaN among them
-        codes_OI = torch.where((codes_OI & 0x7F) == 0x7F, codes_OI ^ 1, codes_OI)
-    return codes_OI
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """What torch.empty gives is NaN, or the largest whole number."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def weight_of(
-    kind: Codes, size: int | None, grid: str, zero: bool, rows: int, columns: int
-) -> tuple[Tiles, np.ndarray]:
-    """The tiles, and the values in float64 from the formula."""
-    generator = torch.Generator().manual_seed(columns)
-    codes_OI = codes_of(kind, rows, columns)
-    groups = -(-columns // size) if size else 1
-    # scales that a 16-bit float holds, as artifacts have them
-    scale_OG = (torch.rand(rows, groups, generator=generator) + 0.5).half().float() / 64
-    scale_OG = scale_OG.to(torch.bfloat16).float()
-    zero_OG = None
-    if zero and grid == "affine":
-        low, high = (-8, 8) if kind == "int4" else (-128, 128)
-        zero_OG = torch.randint(low, high, (rows, groups), generator=generator).float()
-    elif zero:
-        zero_OG = torch.randn(rows, groups, generator=generator).to(torch.bfloat16).float() / 16
-    group = grouping(size, zero=zero)
-    made = Tiles(
-        codes_RPBW=pack_codes(codes_OI, kind).to(DEVICE),
-        scale=pack_groups(scale_OG, columns, group).to(DEVICE),
-        zero=None if zero_OG is None else pack_groups(zero_OG, columns, group).to(DEVICE),
-        kind=kind,
-        grid=grid,  # type: ignore[arg-type]
-        group=group,
-        features=(rows, columns),
-    )
-    codes = codes_OI.numpy().astype(np.float64)
-    if kind == "float8":
-        values, bits = float8_values()
-        table = dict(zip(bits.astype(np.int8).tolist(), values.tolist(), strict=True))
-        codes = np.vectorize(table.__getitem__, otypes=[np.float64])(codes_OI.numpy().astype(int))
-    spread = [
-        np.repeat(t.double().numpy(), -(-columns // groups), axis=1)[:, :columns]
-        for t in (scale_OG, torch.zeros_like(scale_OG) if zero_OG is None else zero_OG)
-    ]
-    if grid == "offset":
-        return made, codes * spread[0] + spread[1]
-    return made, (codes - spread[1]) * spread[0]
-
-
-def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(tokens, columns, generator=generator).to(dtype).to(DEVICE)
-
-
-def relative(actual: Tensor, wanted: np.ndarray) -> float:
-    difference = actual.double().cpu().numpy() - wanted
-    return float(np.linalg.norm(difference) / max(np.linalg.norm(wanted), 1e-30))
-
-
-@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
-@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 256), (5, 1000)])
-def test_codes_come_back_from_tiles(kind: Codes, shape: tuple[int, int]) -> None:
-    codes_OI = codes_of(kind, *shape)
-    tiles = pack_codes(codes_OI, kind)
-    assert tiles.shape[2:] == (128, 32) and tiles.is_contiguous()
-    assert torch.equal(unpack_codes(tiles, kind, shape), codes_OI)
-
-
-@pytest.mark.parametrize("size", [32, 64, 128, 256, 512, None])
-@pytest.mark.parametrize("zero", [False, True])
-def test_scales_come_back_from_tiles(size: int | None, zero: bool) -> None:
-    for rows, groups in ((1, 1), (130, 3), (128, 4)):
-        columns = groups * (size or 96)
-        values_OG = torch.randn(rows, groups if size else 1)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            values_OG = values_OG.to(dtype)
-            packed = pack_groups(values_OG, columns, grouping(size, zero=zero))
-            back_OG = unpack_groups(packed, (rows, columns), size)
-            assert packed.dtype == dtype and torch.equal(back_OG, values_OG.float())
-
-
-def test_a_word_holds_columns_that_are_32_apart() -> None:
-    codes_OI = torch.arange(-8, 8, dtype=torch.int8).repeat(1, 16)
-    word = int(pack_codes(codes_OI, "int4")[0, 1, 0, 3]) & 0xFFFF
-    nibbles = [(word >> 4 * part) & 15 for part in range(4)]
-    assert nibbles == [int(codes_OI[0, 128 + 32 * part + 3]) + 8 for part in range(4)]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(5, 96), (130, 320), (1, 512)])
-def test_the_reference_is_the_formula(
-    form: tuple[Codes, int | None, str, bool], shape: tuple[int, int]
-) -> None:
+def test_the_reference_is_the_formula(form: Form, shape: tuple[int, int]) -> None:
     rows, columns = shape
     size = form[1] or 1
     weight, w_OI = weight_of(*form, rows, max(columns // size, 1) * size)
@@ -186,9 +59,7 @@ if ON_GPU:  # which the interpreter cannot be
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("launch", LAUNCHES, ids=range(len(LAUNCHES)))
-def test_the_kernel_is_the_formula(
-    form: tuple[Codes, int | None, str, bool], launch: Launch, dtype: torch.dtype
-) -> None:
+def test_the_kernel_is_the_formula(form: Form, launch: Launch, dtype: torch.dtype) -> None:
     from quantkernels.weight_only import fused
 
     size = form[1] or 1
@@ -220,9 +91,7 @@ def in_16_bits(weight: Tiles, dtype: torch.dtype) -> Tiles:
     [*((form, torch.bfloat16) for form in FORMS), *((form, torch.float16) for form in FORMS[1:3])],
     ids=str,
 )
-def test_scales_in_16_bits_give_the_bits_of_those_in_32(
-    form: tuple[Codes, int | None, str, bool], dtype: torch.dtype
-) -> None:
+def test_scales_in_16_bits_give_the_bits_of_those_in_32(form: Form, dtype: torch.dtype) -> None:
     """They are the same numbers: sums keep their order and their rounding."""
     from quantkernels.weight_only import fused
 
@@ -236,16 +105,6 @@ def test_scales_in_16_bits_give_the_bits_of_those_in_32(
     for launch in LAUNCHES[1:3] + LAUNCHES[5:7] if ON_GPU else LAUNCHES:
         y_TO = fused.linear(x_TI, halves, bias_O, launch)
         assert torch.equal(y_TO, fused.linear(x_TI, weight, bias_O, launch)), launch
-
-
-@needs_triton
-@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
-@pytest.mark.parametrize("shape", [(1, 1), (130, 300), (128, 512)])
-def test_packed_tiles_are_the_references(kind: Codes, shape: tuple[int, int]) -> None:
-    from quantkernels.weight_only import fused
-
-    codes_OI = codes_of(kind, shape[0], shape[1] + 3).to(DEVICE)[:, 2:-1]
-    assert torch.equal(fused.pack_codes(codes_OI, kind), pack_codes(codes_OI, kind))
 
 
 @needs_triton
@@ -265,7 +124,7 @@ def test_no_program_reads_past_the_last_tile() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("form", FORMS[:2] + FORMS[6:8], ids=str)
-def test_odd_widths_and_strides_are_taken(form: tuple[Codes, int | None, str, bool]) -> None:
+def test_odd_widths_and_strides_are_taken(form: Form) -> None:
     """A width that fills no tile; inputs that are columns of something larger, NaN around them."""
     from quantkernels.weight_only import fused
 
@@ -276,22 +135,6 @@ def test_odd_widths_and_strides_are_taken(form: tuple[Codes, int | None, str, bo
     for x_TI in (wide[3:39:12, 5 : 5 + columns], inputs(columns, 3, torch.float16).t()):
         y_TO = fused.linear(x_TI, weight, None, LAUNCHES[1])
         assert relative(y_TO, x_TI.double().cpu().numpy() @ w_OI.T) < 8e-4
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_dense_weight_is_the_references(
-    form: tuple[Codes, int | None, str, bool], dtype: torch.dtype
-) -> None:
-    from quantkernels.weight_only import fused
-
-    size = form[1] or 1
-    weight, _ = weight_of(*form, 130, 300 // size * size or size)
-    ours, wanted = fused.dense(weight, dtype), reference.dense(weight, dtype)
-    # an offset's product and sum are rounded once there, twice in float32 and then here
-    slack = torch.finfo(dtype).eps if form[2] == "offset" else 0.0
-    assert torch.allclose(ours.float(), wanted.float(), rtol=slack, atol=0)
 
 
 def test_no_tokens_and_no_rows_give_nothing() -> None:
