@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantkernels.weight_only import arrivals
+from quantkernels import arrivals
 
 from quantcore.autoquant import ahead
 from quantcore.autoquant.candidates import (

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from quantkernels.weight_only import arrivals
+from quantkernels import arrivals
 
 from quantcore.autoquant import stopwatches
 from quantcore.autoquant.candidates import DENSE, Candidate, candidate_of

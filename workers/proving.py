@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from quantkernels.weight_only.arrivals import apart
+from quantkernels.arrivals import apart
 from torch import nn
 
 from quantcore.autoquant.candidates import candidate_of

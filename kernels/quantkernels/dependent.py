@@ -29,7 +29,7 @@ Why results are those of kernels one after another:
 3. All that is written (results, sums of spans, counters of arrivals, which a tile's last program
    sets back to 0) is written after the wait. So memory is not written that an earlier kernel still
    reads, as where the allocator hands it on within a stream; and counters that launches of a stream
-   share (weight_only/arrivals.py) are at 0 when the next one comes to them.
+   share (arrivals.py) are at 0 when the next one comes to them.
 4. The fetch alone comes before. It moves lines to the L2 cache, through which the whole GPU reads
    and writes. Of a weight that the kernel before is still writing, the cache has the newest bytes
    when they are read; a register, or a line of L1, that was filled before the wait would not. The

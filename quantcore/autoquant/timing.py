@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantkernels.weight_only.arrivals import apart
+from quantkernels.arrivals import apart
 from torch import Tensor, nn
 
 from quantcore.autoquant.ahead import compile_ahead

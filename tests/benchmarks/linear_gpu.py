@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantkernels.arrivals import forget
 from quantkernels.tune import SHAPES
-from quantkernels.weight_only.arrivals import forget
 from torch import Tensor
 
 from quantcore.autoquant.ahead import compile_ahead

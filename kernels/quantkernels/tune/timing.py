@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quantkernels.arrivals import forget
 from quantkernels.graphs import capturing, replayed_us
-from quantkernels.weight_only.arrivals import forget
 
 
 def timed(

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.arrivals import arrivals
 from quantkernels.dependent import later, release, wait
 from quantkernels.launches import Launch
 from quantkernels.w8a8.weight import Weight8
-from quantkernels.weight_only.arrivals import arrivals
 
 COLUMNS = tl.constexpr(128)  # of a product
 AHEAD_BYTES = 16_384  # of its codes, that a program has fetched while it waits

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkernels.arrivals import arrivals
 from quantkernels.dependent import later
 from quantkernels.devices import capability, on_its_device
 from quantkernels.launches import BITS, Codes, Launch
 from quantkernels.weight_only import tiles
-from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.product import product
 from quantkernels.weight_only.tiles import Tiles
 from quantkernels.weight_only.unpack import excess, unpacking

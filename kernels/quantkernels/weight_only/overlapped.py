@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from quantkernels.arrivals import arrivals
 from quantkernels.devices import capability
 from quantkernels.launches import BITS, Launch
 from quantkernels.weight_only import tiles
-from quantkernels.weight_only.arrivals import arrivals
 from quantkernels.weight_only.tiles import Tiles
 from quantkernels.weight_only.unpack import excess, unpacking
 
