@@ -11,7 +11,7 @@ from tests.benchmarks import decode
 from tests.benchmarks.decode import ROWS, Row, measure, random_model, run, table
 from workers.decoding import Decoder
 
-OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=None, apart=False)
+OPTIONS = argparse.Namespace(tokens=6, repeats=2, compile=None, apart=False, attention="ours")
 
 
 def made() -> nn.Module:

@@ -4,14 +4,19 @@ Up to 16 tokens a call are a step of so many sequences, out of a static cache; m
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from quantkernels.graphs import capturing
 from torch import Tensor
 
+from workers.attending import stepping
+
 _MOST_SEQUENCES = 16  # of a step
 _BEGUN = 4  # tokens of each sequence that a cache begins with
+_FEW_WORDS = 4096  # that one choice is quick for
+_PIECES = range(256, 1025)  # words of a piece
 
 
 def is_step(tokens: int) -> bool:
@@ -57,10 +62,18 @@ def sequences(tokens: int, longest: int) -> int:
 class Decoder:
     """A token of each sequence a call, at shapes and addresses that stay as they are.
 
-    ``mode`` is torch.compile's; None computes eagerly.
+    ``mode`` is torch.compile's; None computes eagerly. Steps have our attention where it was found
+    to be the model's (attending.py), unless ``attention`` is "torch".
     """
 
-    def __init__(self, model: Any, batch: int, length: int, mode: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        mode: str | None = None,
+        attention: Literal["ours", "torch"] = "ours",
+    ) -> None:
         from transformers import StaticCache
 
         device = next(model.parameters()).device
@@ -68,7 +81,9 @@ class Decoder:
         self._cache = StaticCache(config=model.config, max_cache_len=length)
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(batch, model.config.vocab_size, device=device)
-        self._next = torch.compile(self._logits, mode=mode) if mode else self._logits
+        tried = attention == "ours" and length > _BEGUN
+        self._stepping = stepping(model, self._tried) if tried else nullcontext
+        self._next = torch.compile(self._chosen, mode=mode) if mode else self._chosen
         self._step: Callable[[], None] = self._computed
 
     def begin(self, ids_BT: Tensor) -> None:
@@ -101,12 +116,47 @@ class Decoder:
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
+    def _tried(self) -> Tensor:
+        """A step's logits after a few tokens that differ, so that their order shows."""
+        batch, words = self.logits_BV.shape
+        ids_T = torch.arange(_BEGUN, device=self.ids_B1.device) % words
+        self._cache.reset()
+        self._logits(ids_T.repeat(batch, 1))
+        return self._logits(self.ids_B1)
+
+    def _chosen(self, ids_B1: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BV = self._logits(ids_B1)
+        return logits_BV, likeliest(logits_BV)
+
     def _computed(self) -> None:
-        self._take(self._next(self.ids_B1))
+        with self._stepping():
+            logits_BV, next_B1 = self._next(self.ids_B1)
+        self._put(logits_BV, next_B1)
 
     def _take(self, logits_BV: Tensor) -> None:
+        self._put(logits_BV, likeliest(logits_BV))
+
+    def _put(self, logits_BV: Tensor, next_B1: Tensor) -> None:
         self.logits_BV.copy_(logits_BV)
-        self.ids_B1.copy_(logits_BV.argmax(-1, keepdim=True))
+        self.ids_B1.copy_(next_B1)
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """argmax(-1, keepdim=True), in two stages: torch has one program for each row of a GPU's.
+
+    First of each piece of the vocabulary, then of the pieces. Of the same values the first is
+    taken, and a NaN before all, by both stages as by one.
+    """
+    words = logits_BV.shape[-1]
+    if words < _FEW_WORDS:
+        return logits_BV.argmax(-1, keepdim=True)
+    width = next((width for width in _PIECES if words % width == 0), None)
+    if width is None:
+        width = _PIECES[0]
+        logits_BV = torch.nn.functional.pad(logits_BV, (0, -words % width), value=-torch.inf)
+    best_BP, at_BP = logits_BV.reshape(len(logits_BV), -1, width).max(-1)
+    piece_B1 = best_BP.argmax(-1, keepdim=True)
+    return piece_B1 * width + at_BP.gather(-1, piece_B1)
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:

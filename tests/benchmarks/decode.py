@@ -7,7 +7,8 @@ For every row of ROWS a model is made anew, its linears are quantized, the outpu
 and one token after the other is taken from it greedily, out of a static cache: on CUDA each step is
 the replay of one CUDA graph, of torch.compile's code with `--compile`, else of the modules with our
 own kernels for norms, rotary embeddings and gated products. Nothing comes to the host in between.
-Linears that are handed one input are joined, bfloat16's too; `--apart` leaves them.
+Linears that are handed one input are joined, bfloat16's too; `--apart` leaves them. A step's
+attention is ours in every row; `--attention torch` leaves it to torch.
 
     tokens a second   all sequences of the batch; percentiles over repeats of `--tokens` steps
     GB/s              bytes of all linears, the head's with them, read once a step
@@ -126,7 +127,7 @@ def measure(
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
     length = ids_BT.shape[1] + max(options.tokens, GATE_STEPS)
-    decoder = Decoder(model, len(ids_BT), length, mode=options.compile)
+    decoder = Decoder(model, len(ids_BT), length, mode=options.compile, attention=options.attention)
     decoder.capture(ids_BT)
     off = gate(row, model, decoder, ids_BT)
     seconds, continuation = [], []
@@ -316,6 +317,12 @@ def main() -> None:
         choices=("default", TUNED),
         help=f"by torch.compile; {TUNED} with the settings that we recommend takes minutes a row",
     )
+    parser.add_argument(
+        "--attention",
+        choices=("ours", "torch"),
+        default="ours",
+        help="of steps: our kernel, on accelerators, or torch's",
+    )
     parser.add_argument("--apart", action="store_true", help="linears of one input are not joined")
     parser.add_argument(
         "--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu"
@@ -345,6 +352,7 @@ def main() -> None:
     shape_name = f"{options.shape} ({options.blocks or 'all'} blocks)"
     name = options.model.name if options.model else shape_name
     how = f"compiled ({options.compile})" if options.compile else "not compiled"
+    how += f", attention {options.attention}"
     print(f"\n{name}, batch {options.batch}, prompt {options.prompt}, {how}; {kind}\n")
     print(table(measured))
     if tokenizer is not None:

@@ -1,20 +1,65 @@
 """Parts of a decoder block's forward that are bound by memory, each in one pass over it.
 
-They round where transformers' own modules do: results differ in the order of one sum alone.
+Norms, rotations and gated products round where transformers' own modules do: results differ in the
+order of one sum alone.
 """
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from quantkernels.forward import reference
+from quantkernels.forward import operators, reference
 
 FUSED_DEVICES = ("cuda", "xpu")
 
 # Of RMS norms: (x / rms) in x's dtype times the weight, or (x / rms) (1 + weight) in float32
 NormForm = Literal["scale", "offset"]
 
-__all__ = ["NormForm", "rms_norm", "rotated", "silu_product"]
+_ATTENDED = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_VALUES = 256  # of a head: what a program keeps in registers
+_MOST_SHARING = 128  # bytes of one value of all query heads that have one head of keys
+
+__all__ = ["NormForm", "attended", "attends", "rms_norm", "rotated", "silu_product"]
+
+
+def attends(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None) -> bool:
+    """Whether `attended` takes these: told by shapes, dtypes and devices alone."""
+    if not q_BHTD.ndim == k_BGLD.ndim == 4 or k_BGLD.shape != v_BGLD.shape:
+        return False
+    sequences, heads, tokens, values = q_BHTD.shape
+    groups, length = k_BGLD.shape[1:3]
+    dtypes = {q_BHTD.dtype, k_BGLD.dtype, v_BGLD.dtype}
+    devices = {q_BHTD.device, k_BGLD.device, v_BGLD.device}
+    fits = tokens == 1 and length > 0 and (k_BGLD.shape[0], k_BGLD.shape[3]) == (sequences, values)
+    small = values <= _MOST_VALUES and heads // groups * q_BHTD.element_size() <= _MOST_SHARING
+    if not fits or not small or heads % groups or q_BHTD.dtype not in _ATTENDED:
+        return False
+    if mask is not None:
+        if mask.dtype not in (torch.bool, *_ATTENDED) or mask.ndim != 4:
+            return False
+        fits = mask.shape[0] in (1, sequences) and mask.shape[1:] == (1, 1, length)
+        devices.add(mask.device)
+    return fits and len(dtypes) == len(devices) == 1
+
+
+def attended(
+    q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(scale q k^T + mask) v of one new token of each sequence: (B, T, H, D), T = 1.
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2.1; query heads share heads
+    of keys in their order (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245). Queries of B
+    sequences and H heads, keys and values of G heads and L places, any strides; the mask is
+    (B or 1, 1, 1, L): boolean, true where a place counts, or added, -inf where it does not. What
+    stands in places that do not count is not multiplied in, be it NaN; where none counts, the
+    result is 0. Softmax and sums are float32, and products those of q's dtype, bfloat16, float16
+    or float32. Needs what `attends` says.
+    """
+    assert attends(q_BHTD, k_BGLD, v_BGLD, mask)
+    if q_BHTD.device.type in FUSED_DEVICES:
+        return operators.attended(q_BHTD, k_BGLD, v_BGLD, mask, scale)
+    return reference.attended(q_BHTD, k_BGLD, v_BGLD, mask, scale)
 
 
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float, form: NormForm) -> Tensor:
