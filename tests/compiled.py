@@ -79,6 +79,15 @@ FORWARD: list[tuple[str, dict[str, Any]]] = [
     ("_rotated", {"x_D": 1, "cos_D": 1, "sin_D": 1, "out_D": 1, "HEADS": 32, "HALF": 64}),
     ("_silu_product", {"gate_I": 1, "up_I": 1, "BLOCK": 2048}),
 ]
+# query heads to a head of keys, values of a head, places, pairs of a sequence and a head of keys
+ATTENTIONS: list[tuple[int, int, int, int, str]] = [
+    (4, 128, 230, 8, "kept"),
+    (4, 128, 230, 128, "kept"),
+    (4, 128, 8192, 8, "kept"),
+    (4, 128, 230, 8, "none"),
+    (4, 128, 230, 8, "added"),
+    (16, 256, 2000, 4, "kept"),
+]
 
 
 def compiled(
@@ -200,6 +209,43 @@ def compiled_forward(name: str, constants: dict[str, Any]) -> dict[str, Any]:
     return _assembled(source, {"num_warps": 8}, 90)
 
 
+def compiled_attention(
+    share: int, values: int, length: int, pairs: int, mask: str
+) -> dict[str, Any]:
+    import triton
+    from quantkernels.forward import attention
+
+    cut = attention.spans_of(pairs, length)
+    sizes = attention.sizes(share, values, length, cut, 2)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    constants = sizes | {
+        "q_D": 1, "k_D": 1, "v_D": 1, "mask_L": 1, "MASK": mask, "SPLIT": cut[0] > 1,
+        "LATER": True, "EARLY": False,
+    }  # fmt: skip
+    pointers = {"parts_ptr": "*fp32", "arrivals_ptr": "*i32"}
+    if mask == "kept":
+        pointers["mask_ptr"] = "*u8"
+    names = attention._attended.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "*bf16")
+        if name.endswith("_ptr")
+        else "fp32"
+        if name == "scale"
+        else "i32"
+        for name in names
+    }
+    even = ("q_B", "q_H", "k_B", "k_G", "k_L", "v_B", "v_G", "v_L", "values", "span")
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(names)
+        if name.endswith("_ptr") or name in even
+    }
+    source = triton.compiler.ASTSource(attention._attended, signature, constants, aligned)
+    return _assembled(source, options, 90)
+
+
 def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -265,6 +311,7 @@ if __name__ == "__main__":
     calls = [*(partial(compiled, *of) for of in CASES)]
     calls += [partial(compiled_rounding, *of) for of in ROUNDINGS]
     calls += [partial(compiled_forward, *of) for of in FORWARD]
+    calls += [partial(compiled_attention, *of) for of in ATTENTIONS]
     for call in calls:
         try:
             told: dict[str, Any] = call()

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.compiled import CASES, FORWARD, ROUNDINGS, hasty
+from tests.compiled import ATTENTIONS, CASES, FORWARD, ROUNDINGS, hasty
 
-ALL = [*CASES, *ROUNDINGS, *FORWARD]
+ALL = [*CASES, *ROUNDINGS, *FORWARD, *ATTENTIONS]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton and its assembler"
