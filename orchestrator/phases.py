@@ -26,7 +26,8 @@ _DRIVER_LIBRARIES = 2 * GIB  # what CUDA or XPU adds to it
 _LIBRARIES_OF_EVALUATION = 320 * MIB
 _CONTEXT = 768 * MIB  # of a device, with the workspaces of its libraries
 _CRUMBS = 0.08  # of what is allocated, lost between allocations
-_SQUARES_OF_A_SOLVE = 11  # copies of one Hessian from its sums to its inverse's factor
+# copies of one Hessian from its sums to a factor: its inverse's, or on an accelerator its own
+_SQUARES_OF_A_SOLVE, _SQUARES_OF_A_ROOT = 11, 5
 _COPIES_OF_A_TILE = 16  # of its float32 rows: ranges tried, codes, errors
 
 
@@ -131,6 +132,8 @@ def _block_phases(sizes: Sizes, index: int) -> Phases:
 def _solve(sizes: Sizes, index: int) -> Parts:
     """The LinearGroup of a block that takes most."""
     groups = [group for group in sizes.plan.blocks[index].groups if group.quantized()]
+    on_device = sizes.plan.contract.kind["device"] != "cpu"
+    copies = _SQUARES_OF_A_ROOT if on_device else _SQUARES_OF_A_SOLVE
     candidates: list[Parts] = [{}]
     for group in groups:
         rows = sum(layer.out_features for layer in group.quantized())
@@ -146,10 +149,7 @@ def _solve(sizes: Sizes, index: int) -> Parts:
         candidates.append(
             {
                 "block": 2 * stored,
-                "solve": received
-                + _SQUARES_OF_A_SOLVE * square
-                + _COPIES_OF_A_TILE * tile
-                + sampled,
+                "solve": received + copies * square + _COPIES_OF_A_TILE * tile + sampled,
                 "codes": 2 * rows * group.in_features,
                 "shared objects": received + rows * group.in_features,
             }
