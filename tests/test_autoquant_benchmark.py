@@ -89,10 +89,12 @@ def test_a_plan_that_is_beaten_by_what_fits_its_budget_is_named() -> None:
         linear_bytes=1,
         error=0.4,
     )
-    uniform = replace(plan, plan="int8", measured_ms=8.0, low_ms=7.9, high_ms=8.1)
+    uniform = replace(plan, plan="int8", predicted_ms=7.5, measured_ms=8.0, low_ms=7.9, high_ms=8.1)
     past = replace(uniform, plan="int4", error=0.6)
     near = replace(uniform, plan="dense", high_ms=9.95, predicted_ms=None)
     assert slower([plan, past, near]) == []
     assert slower([plan, uniform, past]) == ["mix, 0.5 nats is 25.0% slower than int8"]
+    same = replace(plan, plan="int4 too", measured_ms=9.8, low_ms=9.7, high_ms=9.85)
+    assert slower([plan, same]) == ["mix, 0.5 nats is int4 too: one plan, measured 2.0% apart"]
     lines = table([plan, near]).splitlines()
     assert "| -10.0% |" in lines[2] and "| lost |" in lines[3]

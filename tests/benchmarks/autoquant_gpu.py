@@ -254,7 +254,10 @@ def _shown(rows: Sequence[Row], plans: Iterable[str], most: int) -> Iterable[Row
 
 
 def slower(rows: list[Row]) -> list[str]:
-    """Plans that an eligible uniform plan, or dense, beats by more than both spread."""
+    """Plans that an eligible uniform plan, or dense, beats by more than both spread.
+
+    Of a plan that is that uniform plan, it says by how much one plan's two runs are apart.
+    """
     lines = []
     for plan in rows:
         if plan.plan != plan.profile and not plan.plan.startswith(f"{plan.profile}, "):
@@ -266,7 +269,11 @@ def slower(rows: list[Row]) -> list[str]:
             same = other.profile == plan.profile and not other.plan.startswith(plan.profile)
             if same and fits and other.high_ms < plan.low_ms:
                 by = plan.measured_ms / other.measured_ms - 1
-                lines.append(f"{plan.plan} is {by:.1%} slower than {other.plan}")
+                told = (plan.predicted_ms, plan.linear_bytes, plan.error)
+                if told == (other.predicted_ms, other.linear_bytes, other.error):
+                    lines.append(f"{plan.plan} is {other.plan}: one plan, measured {by:.1%} apart")
+                else:
+                    lines.append(f"{plan.plan} is {by:.1%} slower than {other.plan}")
     return lines
 
 
