@@ -16,6 +16,8 @@ from tests.benchmarks import linear_gpu, linear_peers
 from tests.benchmarks.linear_kernels import OURS, Built, Kernel, product
 from tests.benchmarks.linear_picture import draw
 
+RESULTS = Path(linear_gpu.__file__).parent / "results"
+
 SVG = "{http://www.w3.org/2000/svg}"
 CPU = ["--device", "cpu", "--tokens", "1", "2", "--passes", "2"]
 
@@ -171,3 +173,11 @@ def test_what_is_not_drawn_is_named() -> None:
     told = "".join(ET.fromstring(draw(document(1.0))).itertext())
     assert "Missing here: torchao." in told
     assert "3 rows failed or were wrong, the first of them gemlite int8 at 1." in told
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("linears-*.json")), ids=lambda path: path.stem)
+def test_a_picture_that_is_kept_is_that_of_its_figures(path: Path) -> None:
+    document = json.loads(path.read_text())
+    assert path.with_suffix(".svg").read_bytes() == draw(document)
+    ours = [r for of in document["shapes"] for r in of["records"] if r["by"] == "ours"]
+    assert ours and not any("wrong" in record or "failed" in record for record in ours)
