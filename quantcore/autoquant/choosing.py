@@ -1,7 +1,8 @@
 """A plan for one model, chosen until it holds: its error measured, then its time.
 
     1  choose by predictions, and again where the whole model moves by more than the budget of error
-       (confirming.py)
+       (confirming.py); where a uniform plan is as good, as far as measurements tell, choose that:
+       blocks that are alike change sides together, and another run would have it otherwise
     2  run finalists end to end (finalists.py), scale the times of kernels by what they took in the
        model, and choose again; what is chosen now runs as well, beside the fastest so far
     3  keep one of the finalists, whose error is measured too
@@ -18,6 +19,7 @@ from quantcore.autoquant.choice import (
     Objective,
     choose,
     choose_as,
+    ranked,
     uniform_labels,
 )
 from quantcore.autoquant.confirming import Confirm, confirmed
@@ -36,6 +38,8 @@ from quantcore.autoquant.options import Layer
 from quantcore.autoquant.program import keeps
 
 PREDICTED, CORRECTED = "chosen by prediction", "chosen again"  # among the ends
+# Of time and of error, what a plan of one scheme may have more than a plan of several
+_AS_FAST, _AS_GOOD = 0.005, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +65,31 @@ class Chooser:
     def _confirmed(self, layers: Sequence[Layer], correction: float) -> Outcome:
         if self.confirm is None:
             choice = choose(layers, self.objective, self.budgets, correction)
-            return Outcome(choice=choice, layers=layers, check=None)
+            return self._simplest(Outcome(choice=choice, layers=layers, check=None))
         choice, check = confirmed(layers, self.objective, self.budgets, self.confirm, correction)
-        return Outcome(choice=choice, layers=layers, check=check)
+        return self._simplest(Outcome(choice=choice, layers=layers, check=check))
+
+    def _simplest(self, outcome: Outcome) -> Outcome:
+        """A uniform plan in the place of one that is hardly quicker, nor better; the best such."""
+        mine = outcome.choice
+        every = {of.label: uniform_labels(outcome.layers, of.label) for of in mine.uniforms}
+        if self.objective != "time" or _labels(mine) in every.values():
+            return outcome
+        as_good = [
+            choose_as(outcome.layers, self.objective, self.budgets, every[of.label])
+            for of in mine.uniforms
+            if of.fits
+            and of.totals.time_us <= mine.totals.time_us * (1 + _AS_FAST)
+            and of.totals.error <= mine.totals.error * (1 + _AS_GOOD)
+        ]
+        if not as_good:
+            return outcome
+        choice = min(as_good, key=lambda of: ranked(outcome.layers, of, of.totals.error))
+        check = self.confirm(choice) if self.confirm else None
+        limit = self.budgets.error
+        if check is None or limit is None or keeps(check.measured, limit):
+            return replace(outcome, choice=choice, check=check)
+        return outcome
 
     def _proven(self, first: Outcome, timed: Timed) -> Outcome:
         candidates = near(_finalist(PREDICTED, first.choice), _uniforms(first))
@@ -109,11 +135,15 @@ def _ran(finalists: Sequence[Finalist], timed: Timed) -> tuple[list[Finalist], l
 def _finalist(plan: str, choice: Choice) -> Finalist:
     return Finalist(
         plan=plan,
-        labels={layer.layer: layer.option.label for layer in choice.layers},
+        labels=_labels(choice),
         time_us=choice.totals.time_us,
         error=choice.totals.error,
         num_bytes=choice.totals.num_bytes,
     )
+
+
+def _labels(choice: Choice) -> dict[str, str]:
+    return {layer.layer: layer.option.label for layer in choice.layers}
 
 
 def _uniforms(outcome: Outcome) -> list[Finalist]:
