@@ -117,3 +117,27 @@ def test_an_interrupted_search_leaves_a_whole_file(
         tune.main([*FEW, "--out", str(out)])
     assert out.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["own.json"]
+
+
+def test_what_the_file_has_is_not_searched_for_again(
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "own.json"
+    searched: list[list[Shape]] = []
+
+    def search(work: dict[Shape, list[Future[list[Launch]]]]) -> Iterator[Tuned]:
+        searched.append(list(work))
+        for shape in work:
+            yield Tuned(shape=shape, launch=LAUNCH, time_us=10.0, dense_us=20.0)
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tune, "compiling", lambda *_: [])
+    monkeypatch.setattr(tune, "search", search)
+    tune.main([*FEW, "--out", str(out)])
+    assert [len(shapes) for shapes in searched] == [2, 2]
+    searched.clear()
+    tune.main([*FEW, "64", "--shapes", "512x128", "1024x128", "--missing", "--out", str(out)])
+    assert [[shape.tokens for shape in shapes] for shapes in searched] == [[64], [1, 16, 64]]
+    searched.clear()
+    tune.main([*FEW, "--missing", "--out", str(out)])
+    assert searched == [] and len(parse(out.read_text(), GPU, "")) == 8

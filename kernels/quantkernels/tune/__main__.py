@@ -10,6 +10,7 @@ product is timed the same way beside. What the file holds of other shapes is kep
 whenever the search is interrupted. Without --out it is the file that the package ships. A folder of
 such files is read where QUANTFLEET_TUNED names it. With --familiar only those launches are tried
 that are in the file as the best of other shapes: a second or two for each combination, not five.
+With --missing only what the file has no launch of is searched for.
 """
 
 import argparse
@@ -67,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     known if options.familiar else None,
                 )
                 for shape in _shapes(rows, columns, of, options.tokens)
+                if not (options.missing and shape in found)
             }
             for rows, columns in options.shapes
             for of in options.of
         ]
         try:
-            for work in works:
+            for work in filter(None, works):
                 for entry in search(work):
                     found[entry.shape] = entry
                     print(_line(entry), flush=True)  # noqa: T201 - a command
@@ -151,6 +153,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     parser.add_argument(
         "--familiar", action="store_true", help="only launches that are best of another shape"
     )
+    parser.add_argument("--missing", action="store_true", help="only what is not in the file")
     parser.add_argument("--processes", type=count, default=multiprocessing.cpu_count())
     options = parser.parse_args(arguments)
     out: Path = options.out
