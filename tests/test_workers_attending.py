@@ -22,6 +22,7 @@ BATCH, LENGTH = 2, 20
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Iterator[None]:
+    torch._dynamo.utils.counters.clear()  # a reset leaves them as other tests did
     with torch.no_grad():
         yield
     torch._dynamo.reset()
