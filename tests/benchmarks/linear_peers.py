@@ -5,14 +5,17 @@
 tinygemm is torch's own int4 kernel, which torchao's int4 layouts call. gemlite searches for its
 launches as each number of tokens comes (--gemlite-search max tries more of them); torchao is
 compiled with mode max-autotune, without its graphs, for we capture ours. Marlin and Machete are
-vLLM's (0.32). int4 and Marlin's int8 get the same symmetric codes and bfloat16 scales; the other
-libraries round the weight as they do by default.
+vLLM's, called by its operators alone (0.26.0 is the last one for torch 2.11). int4 and Marlin's
+int8 get the same symmetric codes and bfloat16 scales; the other libraries round the weight as they
+do by default.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,57 +128,54 @@ def _torchao(w_OI: Tensor, config: Callable[[Any], Any]) -> Built:
 
 
 def _marlin(w_OI: Tensor, bits: int, group: int | None) -> Built:
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers.quantization.utils import marlin_utils
-    from vllm.scalar_type import scalar_types
-
     rows, columns = w_OI.shape
     coded = _symmetric(w_OI, bits, group)
-    packed = ops.gptq_marlin_repack(_words(coded.codes_OI, bits), columns, rows, bits)
-    scale_GO = marlin_utils.marlin_permute_scales(
-        coded.scale_OG.t().contiguous(), columns, rows, group or -1
-    )
+    words = _words(coded.codes_OI, bits)
+    unordered = torch.empty(0, dtype=torch.int32, device=w_OI.device)
+    packed = torch.ops._C.gptq_marlin_repack(words, unordered, columns, rows, bits, False)
+    # Of 64 scales, or of 32 where a row has one, in the order in which its threads hold outputs.
+    scale_GO = coded.scale_OG.t()
+    shape = (-1, 8, 8, 1) if group else (-1, 4, 4, 2)
+    scale_GO = scale_GO.reshape(shape).transpose(1, 2).reshape(scale_GO.shape).contiguous()
+    workers = torch.cuda.get_device_properties(w_OI.device).multi_processor_count
     multiply = partial(
         _marlin_product,
-        weight=packed,
-        weight_scale=scale_GO,
-        weight_zp=marlin_utils.marlin_make_empty(w_OI.device),
-        workspace=marlin_utils.marlin_make_workspace_new(w_OI.device, 4),
-        wtype=scalar_types.uint4b8 if bits == 4 else scalar_types.uint8b128,
-        output_size_per_partition=rows,
-        input_size_per_partition=columns,
+        packed=packed,
+        scale_GO=scale_GO,
+        workspace=torch.zeros(4 * workers, dtype=torch.int32, device=w_OI.device),
+        kind=_UINT4B8 if bits == 4 else _UINT8B128,
+        rows=rows,
     )
     parts = (packed, scale_GO)
     return Built(multiply=multiply, values_OI=coded.values_OI, num_bytes=num_bytes(*parts))
 
 
-def _marlin_product(x_TI: Tensor, **given: Any) -> Tensor:
-    from vllm.model_executor.layers.quantization.utils import marlin_utils
-
-    y_TO: Tensor = marlin_utils.apply_gptq_marlin_linear(x_TI, **given)
+def _marlin_product(
+    x_TI: Tensor, packed: Tensor, scale_GO: Tensor, workspace: Tensor, kind: int, rows: int
+) -> Tensor:
+    tokens, columns = x_TI.shape
+    unused = [None] * 5  # scales of inputs and of all, zero points, groups of inputs, their order
+    y_TO: Tensor = torch.ops._C.marlin_gemm(
+        x_TI, None, packed, None, scale_GO, *unused, workspace, kind, tokens, rows, columns,
+        is_k_full=True, use_atomic_add=False, use_fp32_reduce=True, is_zp_float=False,
+    )  # fmt: skip
     return y_TO
 
 
 def _machete(w_OI: Tensor, group: int) -> Built:
-    from vllm import _custom_ops as ops
-    from vllm.scalar_type import scalar_types
-
     coded = _symmetric(w_OI, 4, group)
     columns_first = _words(coded.codes_OI, 4).t().contiguous().t()
-    kind, dtype = scalar_types.uint4b8, w_OI.dtype
-    packed = ops.machete_prepack_B(columns_first, dtype, kind, dtype)
+    packed = torch.ops._C.machete_prepack_B(columns_first, w_OI.dtype, _UINT4B8, w_OI.dtype)
     scale_GO = coded.scale_OG.t().contiguous()
-    multiply = partial(
-        _machete_product, b_q=packed, b_type=kind, b_group_scales=scale_GO, b_group_size=group
-    )
+    multiply = partial(_machete_product, packed=packed, scale_GO=scale_GO, group=group)
     parts = (packed, scale_GO)
     return Built(multiply=multiply, values_OI=coded.values_OI, num_bytes=num_bytes(*parts))
 
 
-def _machete_product(x_TI: Tensor, **given: Any) -> Tensor:
-    from vllm import _custom_ops as ops
-
-    y_TO: Tensor = ops.machete_mm(x_TI, **given)
+def _machete_product(x_TI: Tensor, packed: Tensor, scale_GO: Tensor, group: int) -> Tensor:
+    y_TO: Tensor = torch.ops._C.machete_mm(
+        x_TI, packed, _UINT4B8, None, scale_GO, None, group, None, None, None
+    )
     return y_TO
 
 
@@ -198,8 +198,17 @@ class _Library:
     kernels: list[Kernel]
 
 
+_UINT4B8, _UINT8B128 = 1 << 50 | 8 << 17 | 4 << 8, 1 << 50 | 128 << 17 | 8 << 8  # vllm.scalar_type
+
+
 def _vllm(operator: str) -> None:
-    importlib.import_module("vllm._custom_ops")
+    """Loads vLLM's operators alone: its package imports an engine, and all that one needs."""
+    found = importlib.util.find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("no vllm is installed")
+    if not hasattr(torch.ops._C, operator):
+        for file in Path(found.submodule_search_locations[0]).glob("_C*.abi3.so"):
+            torch.ops.load_library(str(file))
     if not hasattr(torch.ops._C, operator):
         raise ImportError(f"this build of vLLM has no {operator}")
 
