@@ -24,6 +24,31 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what ru
 
 from tests.command import Outcome, quantfleet, snapshot
 
+# Files whose tests start real Ray nodes: on several cores these have one of them to themselves,
+# from the start, and each other file runs on one.
+_WITH_NODES = {
+    "test_cluster", "test_cluster_token", "test_deploy", "test_object_store", "test_plan_on_ray",
+    "test_ray_hangs", "test_ray_parts", "test_resume", "test_s3_job", "test_telemetry",
+}  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.partition("::")[0]).stem
+            return "nodes" if name in _WITH_NODES else name
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: item.path.stem not in _WITH_NODES)
+
+
 VOCABULARY = 320
 HIDDEN = 64
 INNER = 128

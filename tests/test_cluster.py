@@ -54,7 +54,9 @@ def _run(
     return start("run", "--address", cluster.address, *options, write_job(site, store, workers))
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize(
+    "nodes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_any_number_of_nodes_gives_the_same_bytes(site: Path, nodes: int) -> None:
     with _cluster(nodes) as cluster:
         outcome = finish(_run(site, f"nodes-{nodes}", nodes, cluster))

@@ -72,7 +72,7 @@ def test_parts_and_waiting_are_all_the_time_that_workers_were_there(
         ({"scheme": "int8_dynamic", "method": "rtn"}, True, {*NO_TEXTS, "forward", "hessian"}),
         ({"scheme": "int8_dynamic", "method": "smoothquant"}, True, {*NO_TEXTS, "hessian"}),
     ],
-    ids=str,
+    ids=["rtn", "hqq", "int8_dynamic", "smoothquant"],
 )
 def test_each_method_has_the_parts_that_it_has(
     job_file: JobFile, quantization: dict[str, Any], texts: bool, parts: set[str]
