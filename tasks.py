@@ -94,7 +94,9 @@ def setup() -> None:
     pip = (BIN / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     call(*pip, "uv")
     install_torch()
-    uv_install("--constraint", "constraints.txt", "--editable", ".[dev]", *local_wheels())
+    # Once, for all processes: where Python may not keep bytecode, each would compile torch anew
+    package = ("--compile-bytecode", "--editable", ".[dev]")
+    uv_install("--constraint", "constraints.txt", *package, *local_wheels())
     DONE.write_text(wanted.hexdigest())
 
 

@@ -1,10 +1,8 @@
 """The command line as tests call it: inside this process, or as a process of its own."""
 
-import functools
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,22 +36,9 @@ def start(*args: str | Path, **variables: str) -> subprocess.Popen[str]:
     """Start a command as users do, with more environment variables."""
     command = [sys.executable, "-m", "orchestrator", *map(str, args)]
     pipe = subprocess.PIPE
-    env = environment() | variables
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
-
-
-def environment() -> dict[str, str]:
-    """Ours, for processes that start others of the same modules."""
-    env = dict(os.environ)
-    if env.pop("PYTHONDONTWRITEBYTECODE", None):
-        env["PYTHONPYCACHEPREFIX"] = _bytecode().name
-    return env
-
-
-@functools.cache
-def _bytecode() -> tempfile.TemporaryDirectory[str]:
-    """Where modules are compiled once: a Ray start is half a dozen processes of the same ones."""
-    return tempfile.TemporaryDirectory(prefix="quantfleet-bytecode-", ignore_cleanup_errors=True)
+    return subprocess.Popen(
+        command, env=os.environ | variables, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import environment, finish, start, wait_for
+from tests.command import finish, start, wait_for
 from tests.deep import make_site, model_bytes, records, write_job
 from workers.layout import REPORT
 
@@ -171,7 +171,6 @@ def test_a_node_that_comes_is_taken_or_refused_once(site: Path) -> None:
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_S,
-        env=environment(),
         check=False,
     )
     assert done.returncode == 0, done.stderr

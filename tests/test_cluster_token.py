@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.ray_cluster import is_loopback
-from tests.command import environment, quantfleet_process
+from tests.command import quantfleet_process
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -28,7 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     token.write_text(secrets.token_hex(32))
     nodes = [sys.executable, str(NODES)]
     where = ["--folder", str(folder / "nodes")]
-    env = environment() | {"RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
+    env = os.environ | {"RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
     done = subprocess.run(
         [*nodes, "start", "--nodes", "1", "--json", *where],
         env=env,

@@ -255,9 +255,7 @@ print(sum(node["Alive"] for node in ray.nodes()), int(ray.cluster_resources().ge
 
 def two_nodes(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(NODES), *arguments]
-    # without bytecode, each of Ray's many processes compiles itself anew
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    env = inherited | environment
+    env = os.environ | environment
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=env, check=False
     )

@@ -4,6 +4,7 @@ sudo PYTHONPATH=.:kernels python -m pytest -m netns tests/test_network.py
 """
 
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.command import environment, finish, wait_for
+from tests.command import finish, wait_for
 from tests.deep import make_site, model_bytes, records, write_job
 from tests.namespaces import Network
 
@@ -47,8 +48,8 @@ class _Cluster:
         self._folder = folder
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         bin_folder = str(Path(sys.executable).parent)
-        path = {"PATH": f"{bin_folder}:{environment()['PATH']}"}
-        self._env = environment() | token | path
+        path = {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+        self._env = os.environ | token | path
         self.address = f"{network.address(0)}:{_PORT}"
 
     def start(self, machine: int) -> None:
@@ -104,7 +105,7 @@ def test_nothing_is_left_of_a_network_that_failed() -> None:
 
     before = namespaces()
     with pytest.raises(ZeroDivisionError), Network(2) as network:
-        process = network.start(1, ["sleep", "1000"], environment(), None)
+        process = network.start(1, ["sleep", "1000"], dict(os.environ), None)
         assert namespaces() != before
         network.cut(0)
         raise ZeroDivisionError

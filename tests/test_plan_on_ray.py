@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from quantcore.autoquant.document import parse
-from tests.command import environment, finish, start, wait_for
+from tests.command import finish, start, wait_for
 from tests.test_cluster import OTHER_KIND, _cluster
 from tests.test_orchestrator_job import model_bytes
 
@@ -61,7 +61,7 @@ def test_a_killed_worker_costs_its_task_and_no_more(job_file: Callable[..., Path
     planned = {"calls": [{"tokens": 1}]}
     job = job_file(quantization={"method": "plan", "plan": planned}, compute_dtype="bfloat16")
     command = [sys.executable, "-c", _SCRIPT, str(job)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["killed"] == ["sense", "race", "prove"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import environment, quantfleet
+from tests.command import quantfleet
 
 JobFile = Callable[..., Path]
 
@@ -77,9 +77,7 @@ print(json.dumps(facts))
 
 def _run(script: str, *args: Path) -> dict[str, Any]:
     command = [sys.executable, "-c", dedent(_HEAD + script + _TAIL), *map(str, args)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=environment(), check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from orchestrator.ray_parts import Parts
-from tests.command import environment, quantfleet
+from tests.command import quantfleet
 from workers import gpus
 from workers.arena import Placed, Region
 from workers.kept import Near, Own
@@ -69,9 +69,7 @@ print(json.dumps(facts))
 
 def _run(job: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-c", dedent(_SCRIPT), str(job), *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), timeout=300, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return facts

@@ -15,7 +15,7 @@ from orchestrator.checks import check
 from orchestrator.to_plan import check_to_plan
 from quantcore.autoquant import race
 from quantcore.errors import JobFaults
-from tests.command import environment, quantfleet
+from tests.command import quantfleet
 from tests.conftest import ARCHITECTURES, TEXT
 from tests.planning import EFFORT
 from workers import remembered
@@ -95,7 +95,7 @@ def test_a_second_plan_tokenizes_nothing_and_loads_neither_tokenizer_nor_compile
     assert Path(facts["store"]).read_bytes() == document
     command = [sys.executable, "-c", _SECOND_PLAN, str(job)]
     root = str(Path(__file__).parents[1])
-    env = environment() | {"PYTHONPATH": root}
+    env = os.environ | {"PYTHONPATH": root}
     third = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert third.returncode == 0, third.stderr
     assert Path(facts["store"]).read_bytes() == document
@@ -248,4 +248,4 @@ def test_files_of_a_model_in_a_bucket_are_known_by_their_versions(
 def test_help_and_usage_import_no_torch() -> None:
     told = "import sys; import orchestrator.cli; assert 'torch' not in sys.modules"
     root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", told], env=environment(), cwd=root, check=True)
+    subprocess.run([sys.executable, "-c", told], cwd=root, check=True)
