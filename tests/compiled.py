@@ -157,11 +157,12 @@ def compiled_rounding(
 
     rows, width = shape
     norm = "none" if asked == "read back" else asked
-    sizes = fused.sizes(rows, width, grid, norm=norm != "none")
+    sizes = fused.sizes(rows, width, norm=norm != "none")
     constants = {
         "stride_I": 1, "given_ptr": None, "parts_ptr": None, "GRID": grid, "QMIN": ends[0],
         "QMAX": ends[1], "SYMMETRIC": symmetric, "NORM": norm, "OWN": True, "PARTS": 1,
-        "FUSED": True, "HELD": sizes.held, "BLOCK": sizes.block, "SPANS": sizes.spans,
+        "FUSED": True, "PTX": sizes.piece >= 128 * sizes.warps,
+        "HELD": sizes.held, "BLOCK": sizes.block, "SPANS": sizes.spans,
         "PIECE": sizes.piece, "LATER": True, "EARLY": rows == 1,
     }  # fmt: skip
     if norm == "none":
@@ -183,7 +184,8 @@ def compiled_rounding(
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, argument in enumerate(fused._round_row.arg_names)
-        if argument not in constants and (argument.endswith("_ptr") or argument == "width")
+        if argument not in constants
+        and (argument.endswith("_ptr") or argument in ("width", "stride_T"))
     }
     source = triton.compiler.ASTSource(fused._round_row, signature, constants, aligned)
     return _assembled(source, {"num_warps": sizes.warps, "enable_fp_fusion": False}, 90)

@@ -123,7 +123,7 @@ def test_rows_of_any_width_and_bits_of_any_kind(
     x_TI = random(5, 150)
     x_TI[1, 100], x_TI[2, 149], x_TI[3] = NAN, INF, 0.0
     for held, span in ((32, 512), (32, 16), (256, 64), (256, 16)):
-        sizes = {"HELD": held, "KEPT": {"affine": held}, "READ": 64, "LEAST_SPAN": span}
+        sizes = {"HELD": held, "KEPT": held, "READ": 64, "LEAST_SPAN": span}
         for name, value in sizes.items():
             monkeypatch.setattr(fused, name, value)
         assert same(fused.rounded_by_token(x_TI, grid), reference.rounded_by_token(x_TI, grid))

@@ -180,7 +180,7 @@ def test_the_kernels_are_their_references(
 def test_rows_too_wide_to_be_held_and_rows_that_programs_share(
     grid: InputGrid, held: int, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "KEPT", {"affine": held, "float8": held})
+    monkeypatch.setattr(fused, "KEPT", held)
     sizes = {"HELD": held, "READ": 64, "SEEN": 64, "LEAST_SPAN": span}
     for name, value in sizes.items():
         monkeypatch.setattr(fused, name, value)

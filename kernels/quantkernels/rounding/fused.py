@@ -18,16 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkernels.dependent import later_than_few, release, wait
+from quantkernels.devices import capability
 from quantkernels.forward.fused import norm_warps, normed, rms_norm
-from quantkernels.grids import GridName
-from quantkernels.nearest import quotient, to_float8, to_whole
+from quantkernels.nearest import quotient, to_float8, to_float8_ptx, to_int8_ptx, to_whole
 from quantkernels.rounding import reference
 from quantkernels.rounding.operators import as_rounded, kept, outputs
 from quantkernels.rounding.reference import InputGrid
 
 HELD = 32_768  # values of a row that a program keeps for its norm, at most
-# Without a norm: a wider row is read twice, the second time from the cache. float8 takes registers
-KEPT: dict[GridName, int] = {"affine": 16_384, "float8": 8192}
+KEPT = 4096  # without one: a wider row is read twice, the second time from the cache
 READ = 4096  # of that at a time
 SEEN = 8192  # in the pass before
 PARTS = 1024  # programs of the pass before, at most
@@ -113,7 +112,7 @@ def _round(
     rows_TI = _rows(x_TI)
     rows, width = rows_TI.shape
     parts = 0 if parts_2P is None else parts_2P.shape[1]
-    size = sizes(rows, width, grid.name, norm=norm is not None)
+    size = sizes(rows, width, norm=norm is not None)
     _round_row[rows, size.spans](
         rows_TI,
         None if norm is None else norm.weight_I,
@@ -138,10 +137,18 @@ def _round(
         size.piece,
         triton.next_power_of_2(parts),
         x_TI.is_cuda,
+        _by_instruction(x_TI.device, grid, size),
         **later_than_few(x_TI.device, rows, size.spans),
         num_warps=size.warps,
         enable_fp_fusion=False,
     )
+
+
+def _by_instruction(device: torch.device, grid: InputGrid, size: "Sizes") -> bool:
+    """Whether the GPU has one that rounds to the grid, and each thread the four values it takes."""
+    ends = {"affine": (-128, 127), "float8": (-448, 448)}[grid.name]
+    known = device.type == "cuda" and (grid.name == "affine" or capability(device) >= (8, 9))
+    return known and (grid.qmin, grid.qmax) == ends and size.piece >= 4 * 32 * size.warps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +160,7 @@ class Sizes:
     warps: int
 
 
-def sizes(rows: int, width: int, grid: GridName, *, norm: bool) -> Sizes:
+def sizes(rows: int, width: int, *, norm: bool) -> Sizes:
     block, spans = triton.next_power_of_2(width), 1
     while (
         not norm
@@ -162,7 +169,7 @@ def sizes(rows: int, width: int, grid: GridName, *, norm: bool) -> Sizes:
         and block > spans * LEAST_SPAN
     ):
         spans *= 2
-    held = block <= (HELD if norm or spans > 1 else KEPT[grid])
+    held = block <= (HELD if norm or spans > 1 else KEPT)
     return Sizes(
         held=held,
         block=block if held else READ,
@@ -227,6 +234,7 @@ def _round_row(
     PIECE: tl.constexpr,
     PARTS: tl.constexpr,
     FUSED: tl.constexpr,
+    PTX: tl.constexpr,
     LATER: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -257,6 +265,7 @@ def _round_row(
         else:
             high, low = _extremes_of_row(x_ptr, width, stride_I, SYMMETRIC, BLOCK)
         scale, zero = _range(high, low, QMIN, QMAX, SYMMETRIC)
+    bounded: tl.constexpr = given_ptr is None
     span = tl.program_id(1)
     if scale_ptr is not None:  # else codes are read back
         first = (span == 0) & ((row == 0) | OWN)  # one program writes down what is that of all
@@ -264,7 +273,7 @@ def _round_row(
         tl.store(zero_ptr + row * OWN, zero, mask=first)
 
     if HELD and SPANS == 1:
-        code = _code(x, scale, zero, GRID, QMIN, QMAX, FUSED)
+        code = _code(x, scale, zero, GRID, QMIN, QMAX, SYMMETRIC, FUSED, bounded, PTX)
         if scale_ptr is None:
             code = (code.to(tl.float32) - zero) * scale
         tl.store(codes_ptr + column, code, mask=inside)
@@ -272,7 +281,9 @@ def _round_row(
         for start in range(span * PIECE, width, SPANS * PIECE):
             part = start + tl.arange(0, PIECE)  # of another size than above: other names
             again = tl.load(x_ptr + part * stride_I, mask=part < width, other=0.0)
-            rounded = _code(again.to(tl.float32), scale, zero, GRID, QMIN, QMAX, FUSED)
+            rounded = _code(
+                again.to(tl.float32), scale, zero, GRID, QMIN, QMAX, SYMMETRIC, FUSED, bounded, PTX
+            )
             if scale_ptr is None:
                 rounded = (rounded.to(tl.float32) - zero) * scale
             tl.store(codes_ptr + part, rounded, mask=part < width)
@@ -364,10 +375,17 @@ def _code(
     GRID: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     FUSED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    steps = quotient(x, scale, FUSED)
-    if GRID == "float8":
+    steps = quotient(x, scale, FUSED, BOUNDED)
+    if PTX and GRID == "float8":
+        code = to_float8_ptx(steps)
+    elif PTX:
+        code = to_int8_ptx(steps if SYMMETRIC else to_whole(steps) + zero)
+    elif GRID == "float8":
         code, _ = to_float8(steps, QMIN, QMAX)
         code = tl.where(steps == steps, code, 0x7F)
     else:
