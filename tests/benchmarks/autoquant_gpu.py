@@ -120,9 +120,8 @@ def made(run: Run, profiles: list[Profile]) -> tuple[dict[str, Plan], dict[str, 
         print(f"    {check}", flush=True)
     for profile in profiles:
         count = len(run.findings.of)
-        same = plan(f"cached {profile.name}", profile).labels() == plans[profile.name].labels()
-        found = len(run.findings.of) - count
-        print(f"    {'the same plan' if same else 'ANOTHER PLAN'}, {found} found anew", flush=True)
+        both = agreement(plans[profile.name], plan(f"cached {profile.name}", profile))
+        print(f"    {both}, {len(run.findings.of) - count} found anew", flush=True)
     known, run.measurements = run.measurements, Measurements(of={})
     for profile in () if run.options.once else profiles:
         again = plan(f"again {profile.name}", profile)

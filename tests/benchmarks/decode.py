@@ -243,8 +243,12 @@ def run(
     ids_BT: Tensor,
     options: argparse.Namespace,
     text_ids: list[int] | None = None,
+    kept: Callable[[list[Figures]], None] = lambda _: None,
 ) -> list[Figures]:
-    """One model after the other; what a row's shapes do not allow is said and left out."""
+    """One model after the other; what a row's shapes do not allow is said and left out.
+
+    `kept` is handed what there is after each, so that a run that is ended leaves something.
+    """
     measured: list[Figures] = []
     for row in rows:
         try:
@@ -258,6 +262,8 @@ def run(
             if ids_BT.device.type == "cuda":
                 torch.cuda.empty_cache()
         print(f"gate: {row.label}, logits off by {measured[-1].off:.2g}", flush=True)
+        print(line(measured[-1], measured[0]), flush=True)
+        kept(measured)
     return measured
 
 
@@ -267,17 +273,18 @@ def table(measured: list[Figures]) -> str:
         "prefill, ms | to bf16 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    base = measured[0]
-    for row in measured:
-        low, middle, high = row.tokens_per_s
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
-        lines.append(
-            f"| {row.label} | {row.layout} | {middle:.2f} ({low:.2f}, {high:.2f}) | "
-            f"{middle / base.tokens_per_s[1]:.2f} | {row.gb_per_s:.1f} | {peak} | "
-            f"{row.linear_bytes / 1e9:.2f} | {row.prefill_ms:.1f} | "
-            f"{base.prefill_ms / row.prefill_ms:.2f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line(row, measured[0]) for row in measured)])
+
+
+def line(row: Figures, base: Figures) -> str:
+    low, middle, high = row.tokens_per_s
+    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+    return (
+        f"| {row.label} | {row.layout} | {middle:.2f} ({low:.2f}, {high:.2f}) | "
+        f"{middle / base.tokens_per_s[1]:.2f} | {row.gb_per_s:.1f} | {peak} | "
+        f"{row.linear_bytes / 1e9:.2f} | {row.prefill_ms:.1f} | "
+        f"{base.prefill_ms / row.prefill_ms:.2f} |"
+    )
 
 
 def text_table(measured: list[Figures], decode: Callable[[list[int]], str]) -> str:
@@ -347,8 +354,14 @@ def main() -> None:
         make = lambda: random_model(config, options.device)  # noqa: E731
     if options.compile == TUNED:
         recommended_inductor_settings()  # for bfloat16 too, before its first product
-    measured = run(rows, make, ids_BT.to(options.device), options, text_ids)
     kind = hardware_kind(options.device)
+
+    def kept(measured: list[Figures]) -> None:
+        if options.json:
+            figures = [asdict(row) for row in measured]
+            options.json.write_text(json.dumps({"kind": kind, "rows": figures}, indent=1))
+
+    measured = run(rows, make, ids_BT.to(options.device), options, text_ids, kept)
     shape_name = f"{options.shape} ({options.blocks or 'all'} blocks)"
     name = options.model.name if options.model else shape_name
     how = f"compiled ({options.compile})" if options.compile else "not compiled"
@@ -357,9 +370,6 @@ def main() -> None:
     print(table(measured))
     if tokenizer is not None:
         print(f"\n{text_table(measured, tokenizer.decode)}")
-    if options.json:
-        figures = [asdict(row) for row in measured]
-        options.json.write_text(json.dumps({"kind": kind, "rows": figures}, indent=1))
 
 
 if __name__ == "__main__":
