@@ -55,7 +55,7 @@ def _run(
 
 
 @pytest.mark.parametrize(
-    "nodes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+    "nodes", [pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 4)]
 )
 def test_any_number_of_nodes_gives_the_same_bytes(site: Path, nodes: int) -> None:
     with _cluster(nodes) as cluster:

@@ -88,7 +88,7 @@ def test_run_without_a_token_is_told_too(
     assert WHAT_TO_SET in last
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("localhost", marks=pytest.mark.slow)])
 def test_run_finds_nodes_on_the_loopback(
     cluster: dict[str, Any], job_file: Callable[..., Path], host: str
 ) -> None:

@@ -95,7 +95,7 @@ def test_a_shelf_gives_back_what_was_put(dtype: torch.dtype) -> None:
     assert not shelf.lower()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_process_takes_no_more_than_predicted_and_not_much_less(
     job_file: JobFile, tmp_path: Path, dtype: str
 ) -> None:

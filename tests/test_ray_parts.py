@@ -79,7 +79,7 @@ def _model_bytes(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (store / "model").iterdir()}
 
 
-@pytest.mark.parametrize("fault", ["none", "kill"])
+@pytest.mark.parametrize("fault", [pytest.param("none", marks=pytest.mark.slow), "kill"])
 def test_parts_that_stay_give_the_same_bytes(job_file: JobFile, fault: str) -> None:
     plain = job_file("plain")
     assert quantfleet("run", "--in-process", plain).code == 0

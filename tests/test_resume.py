@@ -118,7 +118,11 @@ def test_a_killed_job_is_resumed_from_its_store_alone(site: Path, killed: Path) 
     assert _model_bytes(site, "moved") == _model_bytes(site, "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_an_interrupted_job_says_how_to_go_on(
     site: Path, killed: Path, number: signal.Signals
 ) -> None:
