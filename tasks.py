@@ -94,9 +94,7 @@ def setup() -> None:
     pip = (BIN / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     call(*pip, "uv")
     install_torch()
-    # Once, for all processes: where Python may not keep bytecode, each would compile torch anew
-    package = ("--compile-bytecode", "--editable", ".[dev]")
-    uv_install("--constraint", "constraints.txt", *package, *local_wheels())
+    uv_install("--constraint", "constraints.txt", "--editable", ".[dev]", *local_wheels())
     DONE.write_text(wanted.hexdigest())
 
 
@@ -153,7 +151,9 @@ def uv_install(*arguments: str) -> None:
     index = os.environ.get("PIP_INDEX_URL")
     if index:
         environment["UV_DEFAULT_INDEX"] = index
-    call(BIN / "uv", "pip", "install", "--quiet", *arguments, environment=environment)
+    # Once, for all processes: where Python may not keep bytecode, each would compile torch anew
+    quietly = ("--quiet", "--compile-bytecode")
+    call(BIN / "uv", "pip", "install", *quietly, *arguments, environment=environment)
 
 
 def fetch_assets() -> None:
