@@ -1,18 +1,9 @@
-"""How a product's kernel is launched for a shape: found by a search, kept as data, chosen here.
+"""How a product's kernel may be launched, and what was found best for which shape: data.
 
-Data are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
+They are JSON, one file a GPU (`tuned/NVIDIA_H200.json`), made by `python -m quantkernels.tune`. An
 entry is the best launch for a kernel, codes, group, rows, columns and tokens, with what it and a
-bfloat16 product took. A shape that was not tuned takes the nearest that was, by tokens, rows and
-columns, from a GPU of the same multiprocessors where its own has none as near; without data it
-takes what is usual. Data of another version of a kernel are left aside with a warning, and so is a
-file that is damaged or another GPU's. `nearest` tells a planner where a bfloat16 weight is faster:
-
-    found = nearest(Shape(kernel="weight_only", codes="int4", group=128, rows=6144, columns=4096,
-                          tokens=512), "NVIDIA H200")
-    found is None or found.ratio > 1
-
-This is for products that serve. The kernels of calibration are not chosen by time (bits.py); here
-the order of a product's sums may differ from GPU to GPU, as it does with a vendor's library.
+bfloat16 product took. Data of another version of a kernel are left aside with a warning, and so is
+a file that is damaged or another GPU's. What is taken for a shape is chosen in `choice.py`.
 """
 
 import json
@@ -20,26 +11,20 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
-
-import torch
+from typing import Any, Literal, Self, get_args
 
 Kernel = Literal["weight_only", "w8a8"]
 Codes = Literal["int4", "int8", "float8"]
-Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 # raised whenever a launch that was tuned may no longer be the best, or be one
 VERSIONS: dict[Kernel, int] = {"weight_only": 3, "w8a8": 1}
 BITS: dict[Codes, int] = {"int4": 4, "int8": 8, "float8": 8}
 INPUT_BYTES: dict[Kernel, int] = {"weight_only": 2, "w8a8": 1}
 SHARED_BYTES = 227 << 10  # of a multiprocessor, at most
-# the same multiprocessors beside another memory: what is not known of one is taken from the other
-SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
-_FEW = 64  # tokens
 FOLDER_VARIABLE = "QUANTFLEET_TUNED"  # a folder whose files are read before those shipped
 
 
@@ -128,84 +113,6 @@ def shared_bytes(launch: Launch, shape: Shape) -> int:
     return (codes + inputs) * launch.stages
 
 
-class Tiled(Protocol):
-    """What a launch hangs on of a weight as it lies for one of the kernels."""
-
-    @property
-    def kind(self) -> Codes: ...
-    @property
-    def group(self) -> int: ...
-    @property
-    def features(self) -> tuple[int, int]: ...
-
-
-def launch_of(kernel: Kernel, tokens: int, weight: Tiled, gpu: Gpu) -> Launch:
-    """How a kernel's product is launched on a GPU."""
-    rows, columns = weight.features
-    shape = Shape(
-        kernel=kernel,
-        codes=weight.kind,
-        group=weight.group,
-        rows=rows,
-        columns=columns,
-        tokens=tokens,
-    )
-    return choose(shape, *gpu)
-
-
-@cache
-def choose(shape: Shape, gpu: str, units: int) -> Launch:
-    """The launch for a shape, on a GPU by its name and its number of multiprocessors."""
-    known = nearest(shape, gpu)
-    if known is None:
-        return usual(shape, units)
-    return known.launch if known.launch.other else _fitted(known, shape, units)
-
-
-def nearest(shape: Shape, gpu: str) -> Tuned | None:
-    """What is known of the nearest shape, on a GPU by its name; None without data."""
-    own = [(entry, False) for entry in _known(shape, gpu)]
-    siblings = [(entry, True) for entry in _known(shape, SIBLINGS.get(gpu, ""))]
-
-    def distance(found: tuple[Tuned, bool]) -> tuple[float, ...]:
-        entry, sibling = found
-        apart, more, *rest = _distance(entry.shape, shape)
-        return apart, more, sibling, *rest
-
-    return min((*own, *siblings), key=distance, default=(None, False))[0]
-
-
-def _known(shape: Shape, gpu: str) -> list[Tuned]:
-    return [
-        entry
-        for entry in load(gpu)
-        if entry.shape.kernel == shape.kernel
-        and entry.shape.codes == shape.codes
-        and tokens_apart(entry.shape, shape) <= 1
-    ]
-
-
-def usual(shape: Shape, units: int) -> Launch:
-    """Without data: programs for every multiprocessor; no kernel of ours where products bind."""
-    if shape.tokens > 256:
-        return OTHER
-    tokens = max(16, 1 << (shape.tokens - 1).bit_length())
-    wide = tokens >= 64
-    launch = Launch(
-        rows=128 if wide else 64,
-        tokens=min(tokens, 128),
-        split=1,
-        turn=128,
-        stages=3 if wide else 4,
-        warps=8 if wide else 4,
-        early=tokens > 64,
-    )
-    programs = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
-    turns = -(-shape.columns // launch.turn)
-    split = min(16, max(1, 2 * units // programs), max(1, turns // 4))
-    return replace(launch, split=split)
-
-
 def load(gpu: str) -> list[Tuned]:
     """What is known of a GPU, as shipped; before that, from the folder the environment names."""
     return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))
@@ -256,54 +163,3 @@ def parse(text: str, gpu: str, place: str) -> list[Tuned]:
 
 def file_name(gpu: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in gpu) + ".json"
-
-
-def _distance(one: Shape, other: Shape) -> tuple[float, ...]:
-    """In powers of two: of tokens, and half of what rows and columns differ by.
-
-    Of two as far, the one for more tokens is nearer; and up to 64 that for fewer is twice as far,
-    since tiles of fewer tokens read the weight twice.
-    """
-    size = sum(
-        abs(math.log2(max(1, of_one)) - math.log2(max(1, of_other)))
-        for of_one, of_other in ((one.rows, other.rows), (one.columns, other.columns))
-    )
-    step = 2 if one.tokens < other.tokens <= _FEW else 1
-    apart = tokens_apart(one, other) * step + size / 2
-    return apart, -one.tokens, float(one.group != other.group)
-
-
-def tokens_apart(one: Shape, other: Shape) -> int:
-    """Up to 8 tokens are one to the kernel, and of 4,096 or more each is some programs more."""
-    heights = [min(12, max(3, (shape.tokens - 1).bit_length())) for shape in (one, other)]
-    return abs(heights[0] - heights[1])
-
-
-def _fitted(known: Tuned, shape: Shape, units: int) -> Launch:
-    """As many programs as the nearest shape's launch had, by another split.
-
-    Of the overlapped ones a multiprocessor takes one at a time: more spans than give each one are
-    work for nothing. A launch that was not split had as many as the shape makes, and says nothing
-    of how many are wanted: a few for each multiprocessor.
-    """
-    launch = known.launch
-
-    def tiles_of(rows: int, tokens: int) -> int:
-        return -(-rows // launch.rows) * -(-tokens // launch.tokens)
-
-    programs = tiles_of(known.shape.rows, known.shape.tokens) * launch.split
-    if launch.overlapped or launch.split == 1:
-        each = 1 if launch.overlapped else 2 if launch.tokens >= _FEW else 4
-        programs = min(programs, units * each)
-    turns = -(-shape.columns // launch.turn)
-    split = round(programs / max(1, tiles_of(shape.rows, shape.tokens)))
-    return replace(launch, split=max(1, min(split, 16, turns)))
-
-
-@cache
-def gpu_of(device: torch.device) -> Gpu:
-    if device.type == "cuda":
-        cuda = torch.cuda.get_device_properties(device)
-        return cuda.name, cuda.multi_processor_count
-    xpu = torch.xpu.get_device_properties(device)
-    return xpu.name, xpu.max_compute_units

@@ -3,7 +3,7 @@
     python -m quantcore.autoquant.ahead < PRODUCTS     # what each of these processes is
 
 Candidates of four shapes and three numbers of tokens are some 160 kernels, each of which Triton
-takes seconds for, in one thread. So the launches that data choose (quantkernels/launches.py) are
+takes seconds for, in one thread. So the launches that data choose (quantkernels/choice.py) are
 compiled for weights without memory, and lie in Triton's cache on disk when they are run. What fails
 here fails again there, and says why.
 """
@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from quantkernels.launches import Gpu, gpu_of
+from quantkernels.choice import Gpu, gpu_of
 from torch import Tensor
 
 from quantcore.autoquant.candidates import candidate_of

@@ -6,10 +6,11 @@ float32: a float32 model is multiplied otherwise. Any shape, any of three floati
 """
 
 import torch
-from quantkernels import launches
+from quantkernels import choice
 from quantkernels import w8a8 as kernels
+from quantkernels.choice import Gpu
 from quantkernels.devices import capability
-from quantkernels.launches import Gpu, Launch
+from quantkernels.launches import Launch
 from quantkernels.w8a8 import Weight8, linear
 from quantkernels.weight_only import FUSED_DTYPES
 from torch import Tensor
@@ -42,7 +43,7 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
 
 def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
     """How that is launched on a GPU."""
-    return launches.launch_of("w8a8", len(x_TI), _weight(weight), gpu)
+    return choice.launch_of("w8a8", len(x_TI), _weight(weight), gpu)
 
 
 def form_of(weight: QuantizedTensor) -> tuple[object, ...]:

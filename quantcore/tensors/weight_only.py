@@ -7,9 +7,10 @@ before, in x's dtype. On a CPU, and for float32, the same layout is made dense a
 
 from typing import cast
 
-from quantkernels import launches
+from quantkernels import choice
 from quantkernels import weight_only as kernels
-from quantkernels.launches import Codes, Gpu, Launch
+from quantkernels.choice import Gpu
+from quantkernels.launches import Codes, Launch
 from quantkernels.weight_only import FUSED_DTYPES, Tiles, linear
 from quantkernels.weight_only.tiles import grouping
 from torch import Tensor
@@ -31,7 +32,7 @@ def multiply(x_TI: Tensor, weight: QuantizedTensor, bias_O: Tensor | None) -> Te
 
 def launch_of(x_TI: Tensor, weight: QuantizedTensor, gpu: Gpu) -> Launch:
     """How that is launched on a GPU."""
-    return launches.launch_of("weight_only", len(x_TI), _tiles(weight), gpu)
+    return choice.launch_of("weight_only", len(x_TI), _tiles(weight), gpu)
 
 
 def form_of(weight: QuantizedTensor) -> tuple[object, ...]:

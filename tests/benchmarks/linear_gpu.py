@@ -5,9 +5,9 @@
 
 For each shape every kernel is first held to float64: the product of the values that its weight
 stands for, with inputs rounded as it rounds them. A row that misses prints WRONG and no time. Then
-come the passes, each over all numbers of tokens and kernels in turn, so that drift meets them
-alike; a row is its pass with the lowest median, percentiles and all. Weights rotate past the cache,
-in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the row's: above 1
+come the passes, each over all numbers of tokens and kernels in turn, up and down, so that drift
+meets them alike; a row is its pass with the lowest median, percentiles and all. Weights rotate past
+the cache, in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the row's: above 1
 is faster.
 
 A peer that is not here is named. What --json holds of other shapes and numbers of tokens is kept
@@ -128,8 +128,9 @@ def _records(
     pool = torch.cuda.graph_pool_handle() if options.device == "cuda" else None
     rows = [row for kernel in kernels for row in _checked(kernel, w_OI, x_TI, options, pool)]
     rows.sort(key=lambda row: row.tokens)  # one number of tokens after another; kernels in order
-    for _ in range(options.passes):
-        for row in rows:
+    for number in range(options.passes):
+        # up and down: few tokens right after many would meet a GPU slowed down to keep to its power
+        for row in rows if number % 2 == 0 else reversed(rows):
             if row.replay is not None:
                 row.passes.append(timed(row.replay))
     bf16 = [row for row in rows if row.kernel is BF16 and row.passes]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkernels import w8a8, weight_only
+from quantkernels.choice import tokens_apart
 from quantkernels.launches import (
     BITS,
     OTHER,
@@ -22,7 +23,6 @@ from quantkernels.launches import (
     Shape,
     Tuned,
     shared_bytes,
-    tokens_apart,
 )
 from quantkernels.w8a8 import Weight8
 from quantkernels.w8a8 import fused as w8a8_fused
@@ -133,7 +133,8 @@ def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
     # work for three of four multiprocessors; no more spans than give each eight programs
     fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
     fits = shared_bytes(launch, shape) <= SHARED_BYTES
-    return fits and fills and launch.turn * launch.split <= shape.columns
+    narrow = launch.early and not launch.overlapped and launch.turn <= shape.group
+    return fits and fills and not narrow and launch.turn * launch.split <= shape.columns
 
 
 def _codes(shape: Shape, device: str) -> Tensor:

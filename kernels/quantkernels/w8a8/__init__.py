@@ -6,7 +6,7 @@ Whole codes are summed in int32, exactly. float8 is summed by matrix units, 128 
 and these sums in float32. Weights in 4 bits are multiplied by rounded inputs in `weight_only`:
 their groups' scales in between cost more than units of 8 bits gain.
 `fused.py` has the kernel. `vendor.py` has torch's own products for the shapes that they take, used
-where data say that they are faster (`quantkernels/launches.py`). `reference.py` is plain torch.
+where data say that they are faster (`quantkernels/choice.py`). `reference.py` is plain torch.
 """
 
 from typing import Any, cast
@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from quantkernels.launches import Codes, Launch, gpu_of, launch_of
+from quantkernels.choice import gpu_of, launch_of
+from quantkernels.launches import Codes, Launch
 from quantkernels.opaque import opaque
 from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.w8a8 import reference, vendor

@@ -7,7 +7,7 @@
 
 One entry for any number of tokens. On an accelerator the tiles are read, or the weight is made
 dense, a piece of memory that is given back, and multiplied by torch's own product. Which it is, and
-how the kernel is launched, is data (`quantkernels/launches.py`).
+how the kernel is launched, is data (`quantkernels/choice.py`).
 """
 
 from typing import Any, cast
@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from quantkernels.choice import gpu_of, launch_of
 from quantkernels.grids import GridName
-from quantkernels.launches import Codes, Launch, gpu_of, launch_of
+from quantkernels.launches import Codes, Launch
 from quantkernels.opaque import opaque
 from quantkernels.operands import nothing, refuse_dtype, refuse_misfits
 from quantkernels.weight_only import reference, tiles
