@@ -7,8 +7,8 @@ For each shape every kernel is first held to float64: the product of the values 
 stands for, with inputs rounded as it rounds them. A row that misses prints WRONG and no time. Then
 come the passes, each over all numbers of tokens and kernels in turn, up and down, so that drift
 meets them alike; a row is its pass with the lowest median, percentiles and all. Weights rotate past
-the cache, in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the row's: above 1
-is faster.
+the cache, in CUDA graphs. GB/s counts the weight alone. The ratio is bfloat16's median over the
+row's: above 1 is faster.
 
 A peer that is not here is named. What --json holds of other shapes and numbers of tokens is kept
 (linear_results.py), so that a long run may come in pieces.
