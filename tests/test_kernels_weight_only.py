@@ -63,7 +63,8 @@ def test_the_kernel_is_the_formula(form: Form, launch: Launch, dtype: torch.dtyp
     from quantkernels.weight_only import fused
 
     size = form[1] or 1
-    for (rows, columns), tokens in itertools.product([(130, 768), (5, 256)], [1, 17]):
+    shapes = [(130, 768, 17), (5, 256, 1)] + [(130, 768, 1), (5, 256, 17)] * ON_GPU
+    for rows, columns, tokens in shapes:
         weight, w_OI = weight_of(*form, rows, columns // size * size)
         x_TI = inputs(tokens, weight.features[1], dtype)
         bias_O = inputs(1, rows, dtype)[0]
