@@ -107,7 +107,7 @@ def test_the_kernel_is_too_and_gives_the_same_bits_again(
     found = attention.attended(*of, 0.2)
     assert (found.dtype, found.is_contiguous()) == (dtype, True)
     assert close(found, in_float64(*of, 0.2))
-    for _ in range(20 if ON_GPU else 0):  # the interpreter has one order
+    for _ in range(20 if ON_GPU else 1):
         assert torch.equal(attention.attended(*of, 0.2), found)
 
 

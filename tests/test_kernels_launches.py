@@ -158,6 +158,24 @@ def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(
     assert choose(replace(SHAPE, tokens=128), "Some GPU", 132) == OTHER
 
 
+@pytest.mark.parametrize("gpu", [H200, choice.SIBLINGS[H200]])
+def test_every_shape_that_is_shipped_takes_its_own_launch(gpu: str) -> None:
+    entries = launches.load(gpu)
+    assert [choose(entry.shape, gpu, 132) for entry in entries] == [e.launch for e in entries]
+    assert not any(launches.narrow(entry.launch, entry.shape.group) for entry in entries)
+
+
+def test_a_launch_that_would_be_narrow_for_a_larger_group_is_left_to_its_own(own: Path) -> None:
+    early = replace(LAUNCH, tokens=64, warps=4, early=True)
+    of_64 = replace(SHAPE, group=64, tokens=64)
+    far = replace(SHAPE, rows=7168, tokens=64)
+    written(own, "Some GPU", [tuned(of_64, early), tuned(far, replace(early, turn=256))])
+    assert choose(of_64, "Some GPU", 132) == early
+    assert choose(replace(of_64, group=32), "Some GPU", 132) == early
+    assert choose(replace(of_64, group=128), "Some GPU", 132).turn == 256
+    assert launches.narrow(early, 128) and not launches.narrow(replace(early, early=False), 128)
+
+
 def test_tokens_come_before_whose_multiprocessors_they_were(own: Path) -> None:
     """A launch for 16 tokens at a time would read the weight twice for 32."""
     few, some = replace(SHAPE, tokens=16), replace(SHAPE, tokens=32)

@@ -38,6 +38,7 @@ from quantkernels.launches import (
     Shape,
     Tuned,
     load,
+    narrow,
 )
 
 Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
@@ -111,7 +112,8 @@ def _by_distance(shape: Shape, gpu: str, foreign: float = 0.0) -> list[Tuned]:
     def key(found: tuple[Tuned, int]) -> tuple[float, ...]:
         entry, sibling = found
         apart = distance(entry.shape, shape) + foreign * sibling
-        return apart, -entry.shape.tokens, sibling, entry.shape.group != shape.group
+        tokens = entry.shape.tokens
+        return apart, tokens != shape.tokens, -tokens, sibling, entry.shape.group != shape.group
 
     known = [
         (entry, sibling)
@@ -120,6 +122,7 @@ def _by_distance(shape: Shape, gpu: str, foreign: float = 0.0) -> list[Tuned]:
         if entry.shape.kernel == shape.kernel
         and entry.shape.codes == shape.codes
         and tokens_apart(entry.shape, shape) <= 1
+        and (entry.shape.group == shape.group or not narrow(entry.launch, shape.group))
     ]
     return [entry for entry, _ in sorted(known, key=key)]
 
@@ -180,7 +183,7 @@ def foretold(known: Tuned, launch: Launch, shape: Shape, units: int) -> float:
 
 
 def _splits(launch: Launch, shape: Shape, units: int) -> Iterator[Launch]:
-    most = units * 2 * (1 if launch.overlapped else 2)
+    most = units * (2 if launch.overlapped else 4)
     for split in _SPLITS:
         parted = replace(launch, split=split)
         fits = launch.turn * split <= shape.columns and _programs(parted, shape) <= most

@@ -113,6 +113,15 @@ def shared_bytes(launch: Launch, shape: Shape) -> int:
     return (codes + inputs) * launch.stages
 
 
+def narrow(launch: Launch, group: int) -> bool:
+    """Whether a turn has one group, whose scale multiplies values before their product.
+
+    With scales of 16 bits by twos, which half is its hangs on the turn, and Triton then moves the
+    values through shared memory.
+    """
+    return launch.early and not (launch.overlapped or launch.other) and launch.turn <= group
+
+
 def load(gpu: str) -> list[Tuned]:
     """What is known of a GPU, as shipped; before that, from the folder the environment names."""
     return _load(gpu, os.environ.get(FOLDER_VARIABLE, ""))

@@ -22,6 +22,7 @@ from quantkernels.launches import (
     Launch,
     Shape,
     Tuned,
+    narrow,
     shared_bytes,
 )
 from quantkernels.w8a8 import Weight8
@@ -133,8 +134,8 @@ def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
     # work for three of four multiprocessors; no more spans than give each eight programs
     fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
     fits = shared_bytes(launch, shape) <= SHARED_BYTES
-    narrow = launch.early and not launch.overlapped and launch.turn <= shape.group
-    return fits and fills and not narrow and launch.turn * launch.split <= shape.columns
+    long = launch.turn * launch.split <= shape.columns and not narrow(launch, shape.group)
+    return fits and fills and long
 
 
 def _codes(shape: Shape, device: str) -> Tensor:
