@@ -23,7 +23,7 @@ the order of a product's sums may differ from GPU to GPU, as it does with a vend
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Protocol
@@ -45,7 +45,7 @@ Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
-_FEW = 64  # tokens
+FEW = 64  # tokens, from which on the end is foretold
 _NEAR = 4  # entries whose launches are weighed against each other
 _FARTHER = 1.03  # by what a farther entry's word counts for less than one before it
 _SPLITS = range(1, 17)
@@ -90,15 +90,10 @@ def choose(shape: Shape, gpu: str, units: int) -> Launch:
         return usual(shape, units)
     if first.launch.other or distance(first.shape, shape) == 0:
         return first.launch
-    if shape.tokens < _FEW:
+    if shape.tokens < FEW:
         return _as_many_programs(first, shape, units)
     near = [entry for entry in _by_distance(shape, gpu, foreign=1.0) if not entry.launch.other]
-    weighed: dict[Launch, float] = {}
-    for rank, entry in enumerate(near[:_NEAR]):
-        for launch in _splits(entry.launch, shape, units):
-            end_us = foretold(entry, launch, shape, units) * _FARTHER**rank
-            weighed.setdefault(launch, end_us)
-    return min(weighed, key=weighed.__getitem__)
+    return by_foretold_end(near[:_NEAR], shape, units)[0]
 
 
 def nearest(shape: Shape, gpu: str) -> Tuned | None:
@@ -136,7 +131,7 @@ def distance(one: Shape, other: Shape) -> float:
         abs(math.log2(max(1, of_one)) - math.log2(max(1, of_other)))
         for of_one, of_other in ((one.rows, other.rows), (one.columns, other.columns))
     )
-    step = 2 if one.tokens < other.tokens <= _FEW else 1
+    step = 2 if one.tokens < other.tokens <= FEW else 1
     return tokens_apart(one, other) * step + size / 2
 
 
@@ -151,7 +146,7 @@ def usual(shape: Shape, units: int) -> Launch:
     if shape.tokens > 256:
         return OTHER
     tokens = max(16, 1 << (shape.tokens - 1).bit_length())
-    wide = tokens >= _FEW
+    wide = tokens >= FEW
     launch = Launch(
         rows=128 if wide else 64,
         tokens=min(tokens, 128),
@@ -159,11 +154,21 @@ def usual(shape: Shape, units: int) -> Launch:
         turn=128,
         stages=3 if wide else 4,
         warps=8 if wide else 4,
-        early=tokens > _FEW,
+        early=tokens > FEW,
     )
     turns = -(-shape.columns // launch.turn)
     split = min(16, max(1, 2 * units // _programs(launch, shape)), max(1, turns // 4))
     return replace(launch, split=split)
+
+
+def by_foretold_end(near: Sequence[Tuned], shape: Shape, units: int) -> list[Launch]:
+    """Launches of entries from near to far, split in every way: first what should end first."""
+    weighed: dict[Launch, float] = {}
+    for rank, entry in enumerate(near):
+        for launch in _splits(entry.launch, shape, units):
+            end_us = foretold(entry, launch, shape, units) * _FARTHER**rank
+            weighed.setdefault(launch, end_us)
+    return sorted(weighed, key=weighed.__getitem__)
 
 
 def foretold(known: Tuned, launch: Launch, shape: Shape, units: int) -> float:
@@ -183,7 +188,7 @@ def foretold(known: Tuned, launch: Launch, shape: Shape, units: int) -> float:
 
 
 def _splits(launch: Launch, shape: Shape, units: int) -> Iterator[Launch]:
-    most = units * (2 if launch.overlapped else 4)
+    most = units * (2 if launch.overlapped else 4 if shape.tokens >= FEW else 8)
     for split in _SPLITS:
         parted = replace(launch, split=split)
         fits = launch.turn * split <= shape.columns and _programs(parted, shape) <= most

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stdout, suppress
-from dataclasses import astuple
 from functools import partial
 from io import StringIO
 from itertools import chain
@@ -16,12 +15,14 @@ import torch
 from torch.nn.functional import linear
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from quantkernels.choice import FEW
 from quantkernels.launches import OTHER, Codes, Kernel, Launch, Shape, Tuned
 from quantkernels.tune.subjects import SUBJECTS, candidates, familiar
 from quantkernels.tune.timing import timed
 
 Of = tuple[Kernel, Codes, int]  # and the size of a group, 0 for whole rows
 CACHE_BYTES = 128 << 20  # more than any cache so far
+FAMILIAR = 25  # launches of other shapes, for many tokens
 FINALISTS = 3  # that are timed again, for longer, beside what is no kernel of ours
 FINAL_US = 150_000.0
 # relative, of a product beside that of the values rounded to bfloat16
@@ -39,14 +40,16 @@ def compiling(
 ) -> Compiling:
     """Begins to compile so many of the launches worth a try, the same ones each time.
 
-    Where `known` is given, only what is best there of other shapes is worth one.
+    Where `known` is given, only what is best there of other shapes is worth one, and for many
+    tokens only those that should end first.
     """
     hopper = torch.cuda.get_device_capability() == (9, 0)
     if known is None:
         launches = list(candidates(shape, _units(), hopper=hopper))
+        random.Random(0).shuffle(launches)  # noqa: S311 - some of many
     else:
-        launches = sorted(familiar(shape, known, _units()), key=astuple)
-    random.Random(0).shuffle(launches)  # noqa: S311 - some of many
+        launches = list(familiar(shape, known, _units()))
+        most = min(most, FAMILIAR if shape.tokens >= FEW else most)
     launches.sort(key=lambda launch: not launch.other)  # which is never left out
     launches = launches[:most]
     return [pool.submit(_compile, shape, launches[n::processes]) for n in range(processes)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkernels import w8a8, weight_only
-from quantkernels.choice import tokens_apart
+from quantkernels.choice import by_foretold_end, distance, tokens_apart
 from quantkernels.launches import (
     BITS,
     OTHER,
@@ -78,17 +78,18 @@ def candidates(shape: Shape, units: int, *, hopper: bool) -> Iterator[Launch]:
 
 
 def familiar(shape: Shape, known: Iterable[Tuned], units: int) -> Iterator[Launch]:
-    """Those that are another shape's best for about as many tokens, split as suits this one."""
+    """Those that are another shape's best for about as many tokens, what should end first first."""
     if shape.tokens >= 128:
         yield OTHER
-    near = {
-        entry.launch
+    near = [
+        entry
         for entry in known
         if (entry.shape.kernel, entry.shape.codes) == (shape.kernel, shape.codes)
         and tokens_apart(entry.shape, shape) <= 1
         and not entry.launch.other
-    }
-    found = {replace(launch, split=split) for launch in near for split in SPLITS}
+    ]
+    near.sort(key=lambda entry: distance(entry.shape, shape))
+    found = by_foretold_end(near, shape, units)
     yield from (launch for launch in found if _sensible(launch, shape, units))
 
 
