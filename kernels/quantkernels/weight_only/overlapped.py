@@ -164,8 +164,13 @@ def overlapped(
     sums = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, sums_layout))
     scales = _of_groups(scale_ptr, first, first < last, GROUPS, STEP)
     zeros = _of_groups(zero_ptr, first, (first < last) & (ZERO != "none"), GROUPS, ZERO_STEP)
+    # two turns ahead where registers are left: memory takes longer to answer than a turn
+    FAR: gl.constexpr = GROUPS <= 2
+    following = _of_groups(scale_ptr, first + 1, FAR & (first + 1 < last), GROUPS, STEP)
     for turn in range(first, last):
         unit = (turn - first) * PIECES
+        if FAR:
+            far = _of_groups(scale_ptr, turn + 2, turn + 2 < last, GROUPS, STEP)
         stage = unit % STAGES
         mbarrier.wait(full.index(stage), unit // STAGES & 1)
         words = codes_smem.index(stage).load(left)
@@ -184,7 +189,10 @@ def overlapped(
             words = codes_smem.index(stage).load(left)
         other = _values(words, scales, zeros, 1, left, dtype, BITS, GROUP, ZERO, EXCESS, PTX)
         later = turn + 1
-        scales = _of_groups(scale_ptr, later, later < last, GROUPS, STEP)
+        if FAR:
+            scales, following = following, far
+        else:
+            scales = _of_groups(scale_ptr, later, later < last, GROUPS, STEP)
         zeros = _of_groups(zero_ptr, later, (later < last) & (ZERO != "none"), GROUPS, ZERO_STEP)
         x_last = x_smem.index(HALVES * stage + HALVES - 1)
         sums = warpgroup_mma(other, x_last.permute((1, 0)), sums, is_async=True)
