@@ -323,17 +323,17 @@ def _part(
     if GROUP > 0:
         OF: gl.constexpr = PLACE * 32 // GROUP
         if ZERO == "affine":
-            args = args + [_wide(-(zeros[OF].to(gl.float32) + EXCESS), words)]
-        args = args + [_wide(scales[OF], words)]
+            args = args + [_wide(-(zeros[OF].to(gl.float32) + EXCESS), words, dtype)]
+        args = args + [_wide(scales[OF], words, dtype)]
         if ZERO == "offset":
-            args = args + [_wide(zeros[OF], words)]
-    operands: gl.constexpr = "=r,r" + ",r,r" * (len(args) - 1)
+            args = args + [_wide(zeros[OF], words, dtype)]
+    operands: gl.constexpr = "=r" + ",r" * len(args)
     return gl.inline_asm_elementwise(ptx, operands, args, dtype.value, True, 2)
 
 
 @gluon.jit
-def _wide(of_rows, like):
-    wide, _ = gl.broadcast(gl.expand_dims(of_rows.to(gl.float32), 1), like)
+def _wide(of_rows, like, dtype: gl.constexpr):
+    wide, _ = gl.broadcast(gl.expand_dims(of_rows.to(dtype), 1), like)
     return wide
 
 

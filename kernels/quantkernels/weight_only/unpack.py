@@ -6,9 +6,9 @@ has too much is subtracted, which is exact (Kim et al. 2022, https://arxiv.org/a
 section 3.3, do so for float16). float8's bits are moved to where the wider type has them, and the
 difference of the exponents' biases is made good by a product with a power of two, exact as well.
 
-Operands: $0 two values, $1 two words, then, each of them float32 and twice the same: for "affine"
+Operands: $0 two values, $1 two words, then, each twice the same in the values' dtype: for "affine"
 with a zero point what is added to the bits' own value, for scaled values the scale, and for
-"offset" the zero point. They are rounded to the dtype.
+"offset" the zero point.
 """
 
 from typing import NamedTuple
@@ -43,23 +43,14 @@ def unpacking(codes: Codes, dtype: torch.dtype, zero: str, *, scaled: bool) -> t
     facts = _DTYPES[dtype]
     ends = []
     if zero == "affine":
-        ends += [_rounded(facts, "$2"), f"add.rn.{facts.name} t, t, u"]
+        ends += [f"add.rn.{facts.name} t, t, $2"]
     elif codes in facts.minus:
         ends += [f"mov.b32 u, {_two(facts.minus[codes])}", f"add.rn.{facts.name} t, t, u"]
     if zero == "offset":
-        ends += [
-            _rounded(facts, "$2"),
-            f"cvt.rn.{facts.name}.f32 v, $4, $4",
-            f"fma.rn.{facts.name} t, t, u, v",
-        ]
+        ends += [f"fma.rn.{facts.name} t, t, $2, $3"]
     elif scaled:
-        operand = "$4" if zero == "affine" else "$2"
-        ends += [_rounded(facts, operand), f"mul.rn.{facts.name} t, t, u"]
+        ends += [f"mul.rn.{facts.name} t, t, {'$3' if zero == 'affine' else '$2'}"]
     return tuple(_block([*_parted(codes, dtype, part), *ends]) for part in range(16 // BITS[codes]))
-
-
-def _rounded(facts: _Dtype, operand: str) -> str:
-    return f"cvt.rn.{facts.name}.f32 u, {operand}, {operand}"
 
 
 def _parted(codes: Codes, dtype: torch.dtype, part: int) -> list[str]:
@@ -90,7 +81,7 @@ def _parted(codes: Codes, dtype: torch.dtype, part: int) -> list[str]:
 
 
 def _block(lines: list[str]) -> str:
-    return "{ .reg .b32 t, u, v; " + "".join(f"{line}; " for line in lines) + "mov.b32 $0, t; }"
+    return "{ .reg .b32 t, u; " + "".join(f"{line}; " for line in lines) + "mov.b32 $0, t; }"
 
 
 def _right(bits: int) -> str:

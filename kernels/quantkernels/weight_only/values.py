@@ -28,12 +28,12 @@ def values_of(
         ptx: tl.constexpr = PTX[PART]
         args = [words]
         if ZERO == "affine":
-            args = args + [tl.broadcast_to(-(zero + EXCESS), words.shape)]
+            args = args + [tl.broadcast_to((-(zero + EXCESS)).to(dtype), words.shape)]
         if SCALED or ZERO == "offset":
-            args = args + [tl.broadcast_to(scale, words.shape)]
+            args = args + [tl.broadcast_to(scale.to(dtype), words.shape)]
         if ZERO == "offset":
-            args = args + [tl.broadcast_to(zero, words.shape)]
-        operands: tl.constexpr = "=r,r" + ",r,r" * (len(args) - 1)
+            args = args + [tl.broadcast_to(zero.to(dtype), words.shape)]
+        operands: tl.constexpr = "=r" + ",r" * len(args)
         return tl.inline_asm_elementwise(ptx, operands, args, dtype.value, True, 2)
 
 
