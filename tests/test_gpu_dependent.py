@@ -4,6 +4,7 @@ Each case runs both ways, many times over, on weights that lie outside the cache
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ pytestmark = [
 WIDTH, HIDDEN, BLOCKS, TIMES = 2048, 4096, 6, 50
 SPLIT = Launch(rows=64, tokens=8, split=8, turn=128, stages=4, warps=2)
 WHOLE = Launch(rows=32, tokens=16, split=1, turn=256, stages=3, warps=2)
+MANY = Launch(
+    rows=128, tokens=64, split=3, turn=128, stages=3, warps=4, early=True, overlapped=True
+)
 Step = Callable[[Tensor], Tensor]
 
 
@@ -147,7 +151,11 @@ def test_a_chain_of_kernels_has_the_bits_of_one_after_another(
             assert torch.equal(y_TO, wanted_TO)
 
 
-@pytest.mark.parametrize("launch", [SPLIT, WHOLE], ids=["split", "whole"])
+@pytest.mark.parametrize(
+    "launch",
+    [SPLIT, WHOLE, MANY, replace(MANY, split=1)],
+    ids=["split", "whole", "many, split", "many"],
+)
 def test_products_in_a_row_share_their_counters(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
