@@ -60,24 +60,20 @@ def test_a_shape_that_was_tuned_takes_its_launch(own: Path) -> None:
     assert choose(replace(SHAPE, tokens=60), "Some GPU", 100) == OTHER
 
 
-def test_a_near_shape_keeps_the_number_of_programs(own: Path) -> None:
-    written(own, "Some GPU", [tuned(SHAPE)])
+def test_a_near_shape_of_few_tokens_has_programs_for_all_multiprocessors(own: Path) -> None:
+    written(own, "Some GPU", [tuned(SHAPE)])  # 1,344 programs
     smaller = choose(replace(SHAPE, rows=7168), "Some GPU", 100)
-    assert smaller == replace(LAUNCH, split=12)
+    assert smaller == replace(LAUNCH, split=7)  # 784 programs: eight at a time, and no more to sum
     short = choose(replace(SHAPE, rows=64, columns=256), "Some GPU", 100)
     assert short.split == 2  # it has no more columns to be split
+    written(own, "Another", [tuned(SHAPE, replace(LAUNCH, split=1))])  # 448 programs
+    assert choose(replace(SHAPE, rows=14_336), "Another", 100).split == 2
 
 
 WIDE = Launch(
     rows=128, tokens=128, split=1, turn=128, stages=4, warps=8, early=True, overlapped=True
 )
 MANY = Tuned(shape=replace(SHAPE, tokens=512), launch=WIDE, time_us=180.0, dense_us=160.0)
-
-
-def test_a_launch_that_was_not_split_asks_for_no_more_programs_than_fill_a_gpu(own: Path) -> None:
-    written(own, "Some GPU", [tuned(SHAPE, replace(LAUNCH, split=1))])  # 448 programs
-    assert choose(replace(SHAPE, rows=14_336), "Some GPU", 100).split == 2
-    assert choose(replace(SHAPE, rows=512), "Some GPU", 10).split == 5  # 40, not 448
 
 
 def test_spans_of_many_tokens_fill_the_multiprocessors_evenly(own: Path) -> None:

@@ -8,15 +8,14 @@ of the same multiprocessors where its own has none as near; without data it take
                           tokens=512), "NVIDIA H200")
     found is None or found.ratio > 1
 
-For few tokens, where memory binds, the nearest launch keeps its number of programs. For more it
-matters how evenly programs fill the multiprocessors: 160 of them take as long as 264 on 132. So of
-the launches of a few near shapes, split in every way, the one is taken that should end first. A
-launch's time is foretold by rounds of programs, of which each takes a while to begin and then so
-long for each turn, as the entry's own time tells; and by the sums that spans write and read. On an
-H200, of 8 shapes of other models where only those of an 8B model were known, 64 to 2,048 tokens (up
-to 25 launches timed of each), what is so taken is as fast as the best one to 0.96 in the mean for
-weight-only products and to 0.98 for those of 8-bit inputs, 0.61 and 0.76 at worst; as many programs
-as the nearest shape has, to 0.91 and 0.97.
+It matters how evenly programs fill the multiprocessors: 160 of them take as long as 264 on 132. So
+of the launches of a few near shapes, for few tokens of the nearest, split in every way, the one is
+taken that should end first. A launch's time is foretold by rounds of programs, of which each takes
+a while to begin and then so long for each turn, as the entry's own time tells; and by the sums that
+spans write and read. On an H200, of 9 shapes of other models where only those of an 8B model were
+known (up to 60 launches timed of each), what is so taken is as fast as the best one to 0.96 in the
+mean for weight-only products of 1 to 32 tokens (0.83 at worst) and of 64 to 2,048 (0.73), and to
+0.98 for 8-bit inputs (0.76).
 
 This is for products that serve. The kernels of calibration are not chosen by time (bits.py); here
 the order of a product's sums may differ from GPU to GPU, as it does with a vendor's library.
@@ -49,11 +48,13 @@ FEW = 64  # tokens, from which on the end is foretold
 _NEAR = 4  # entries whose launches are weighed against each other
 _FARTHER = 1.03  # by what a farther entry's word counts for less than one before it
 _SPLITS = range(1, 17)
-_RESIDENT = 4  # programs that a multiprocessor works on at once, but for the overlapped kernel's
+_RESIDENT = 4  # programs that a multiprocessor works on at once
+_RESIDENT_OF_FEW = 8  # of few tokens: they are small
 # microseconds: of a launch, of an overlapped program's beginning, of a megabyte of spans' sums
 _BEGINS = 2.0
 _STARTS = 3.0
 _SUMS: dict[Kernel, float] = {"weight_only": 0.35, "w8a8": 1.2}
+_SUMS_OF_FEW = 0.8
 _OVERLAPPED_SUMS = 0.75
 
 
@@ -90,10 +91,8 @@ def choose(shape: Shape, gpu: str, units: int) -> Launch:
         return usual(shape, units)
     if first.launch.other or distance(first.shape, shape) == 0:
         return first.launch
-    if shape.tokens < FEW:
-        return _as_many_programs(first, shape, units)
     near = [entry for entry in _by_distance(shape, gpu, foreign=1.0) if not entry.launch.other]
-    return by_foretold_end(near[:_NEAR], shape, units)[0]
+    return by_foretold_end(near[: 1 if shape.tokens < FEW else _NEAR], shape, units)[0]
 
 
 def nearest(shape: Shape, gpu: str) -> Tuned | None:
@@ -181,10 +180,15 @@ def foretold(known: Tuned, launch: Launch, shape: Shape, units: int) -> float:
     fixed = _BEGINS + before * starts + _of_sums(known.launch, known.shape)
     turn_us = max(0.3 * known.time_us, known.time_us - fixed)
     turn_us /= before * _turns(known.launch, known.shape)
-    if not launch.overlapped:
-        rounds = max(rounds, min(_RESIDENT, before))
+    rounds = max(rounds, min(_resident(launch, shape), before))
     taken = rounds * (starts + _turns(launch, shape) * turn_us)
     return _BEGINS + taken + _of_sums(launch, shape)
+
+
+def _resident(launch: Launch, shape: Shape) -> int:
+    if launch.overlapped:
+        return 8 // launch.warps
+    return _RESIDENT_OF_FEW if shape.tokens < FEW else _RESIDENT
 
 
 def _splits(launch: Launch, shape: Shape, units: int) -> Iterator[Launch]:
@@ -214,22 +218,10 @@ def _of_sums(launch: Launch, shape: Shape) -> float:
     if launch.split == 1:
         return 0.0
     megabytes = 4e-6 * _programs(launch, shape) * launch.rows * launch.tokens
-    return (_OVERLAPPED_SUMS if launch.overlapped else _SUMS[shape.kernel]) * megabytes
-
-
-def _as_many_programs(known: Tuned, shape: Shape, units: int) -> Launch:
-    """As many programs as the nearest shape's launch had, by another split.
-
-    A launch that was not split had as many as the shape makes, and says nothing of how many are
-    wanted: a few for each multiprocessor.
-    """
-    launch = known.launch
-    programs = _programs(launch, known.shape)
-    if launch.split == 1:
-        programs = min(programs, units * 4)
-    turns = -(-shape.columns // launch.turn)
-    split = round(programs / max(1, _programs(replace(launch, split=1), shape)))
-    return replace(launch, split=max(1, min(split, 16, turns)))
+    if launch.overlapped:
+        return _OVERLAPPED_SUMS * megabytes
+    few = shape.tokens < FEW and shape.kernel == "weight_only"
+    return (_SUMS_OF_FEW if few else _SUMS[shape.kernel]) * megabytes
 
 
 @cache
