@@ -45,7 +45,7 @@ CASES: list[Case] = [
     ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
     ("overlapped", "int4", 128, "none", True, MANY | {"TOKENS": 256, "ROWS": 128} | LATER),
     ("overlapped", "int8", 0, "none", True, MANY | HALF | {"SHARED": True}),
-    ("overlapped", "int4", 64, "offset", True, MANY | HALF | {"TOKENS": 64} | LATER),
+    ("overlapped", "int4", 64, "offset", True, MANY | HALF | {"TOKENS": 32} | LATER),
     ("overlapped", "float8", 0, "none", True, MANY | {"TOKENS": 64, "STAGES": 3}),
     ("w8a8", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "BIAS": True}),
     ("w8a8", "float8", 0, "none", True, {"EVEN": False, "SPLIT": 2}),

@@ -52,7 +52,7 @@ if ON_GPU:  # which the interpreter cannot be
         Launch(rows=128, tokens=64, split=1, stages=3, warps=4, **many),
         Launch(rows=256, tokens=128, split=2, stages=3, warps=8, **many),
         Launch(rows=128, tokens=256, split=3, stages=2, warps=8, **many),
-        Launch(rows=128, tokens=64, split=1, stages=4, warps=8, **many),
+        Launch(rows=128, tokens=32, split=2, stages=4, warps=8, **many),
     ]
 
 

@@ -51,7 +51,7 @@ class Launch:
             and all(type(getattr(self, field.name)) is field.type for field in fields(self))
         )
         if good and self.overlapped:  # whole groups of four warps, by tiles of theirs
-            good = self.rows >= 128 and self.tokens >= 64 and self.warps in (4, 8)
+            good = self.rows >= 128 and self.tokens >= 32 and self.warps in (4, 8)
         if not good:
             raise ValueError(f"a launch that cannot be: {self}")
 
