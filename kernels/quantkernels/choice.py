@@ -44,7 +44,7 @@ Gpu = tuple[str, int]  # its name, and how many multiprocessors it has
 
 # the same multiprocessors beside another memory: what is not known of one is taken from the other
 SIBLINGS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
-FEW = 64  # tokens, from which on the end is foretold
+FEW = 64  # tokens, from which on several near entries are weighed
 _NEAR = 4  # entries whose launches are weighed against each other
 _FARTHER = 1.03  # by what a farther entry's word counts for less than one before it
 _SPLITS = range(1, 17)
