@@ -287,11 +287,13 @@ def hasty(ptx: str) -> list[str]:
     """Of a dependent kernel what touches memory, or leaves the path, before it waits."""
     if "griddepcontrol" not in ptx:
         return []
-    if "setmaxnreg" in ptx:  # warps part ways at once: those that copy, and those that multiply
-        return [] if ptx.count("griddepcontrol.wait") == 2 else ["not all of its warps wait"]
     begin, waits, _ = ptx[ptx.index("{\n") :].partition("griddepcontrol.wait")
     crowded = "griddepcontrol.launch_dependents" in begin
     told = [] if waits and not crowded else ["it does not wait, or releases what cannot run yet"]
+    if "setmaxnreg" in ptx:  # warps part ways at once: those that copy, and those that multiply
+        every = ptx.count("griddepcontrol.wait") == 2
+        told += [] if every else ["not all of its warps wait"]
+        begin = "\n".join(re.findall(r".*\.global\b.*", begin))
     lines = re.sub("//.*", "", begin).replace("{", "\n").replace(";", "\n").splitlines()
     harmless = re.compile(r"ld\.param|prefetch\.global")
     touching = re.compile(r"\b(ld|st|atom|red|cp|bra|ret|exit|bar|barrier|mbarrier|prefetch)\b")
@@ -302,11 +304,12 @@ def hasty_assembled(sass: str) -> list[str]:
     """The same of what the assembler made of it, which moves instructions."""
     if "PREEXIT" not in sass and "ACQBULK" not in sass:
         return []
-    if "USETMAXREG" in sass:
-        return [] if sass.count("ACQBULK") == 2 else ["not all of its warps wait"]
     begin, waits, _ = sass.partition("ACQBULK")
     touching = re.compile(r"\s(LD|LDG|LDGSTS|LDS|ST|STG|STS|ATOM|ATOMG|RED|UBLKCP|UTMALDG|EXIT)\b")
     found = [line.strip() for line in begin.splitlines() if touching.search(line)]
+    if "USETMAXREG" in sass:  # each warp reads, of shared memory, what it is to do, and may end
+        found = [line for line in found if not re.search(r"\s(LDS|EXIT)\b", line)]
+        waits = waits and sass.count("ACQBULK") == 2
     return found if waits else ["it does not wait"]
 
 

@@ -207,7 +207,7 @@ def test_a_stopwatch_calls_copies_in_turn_that_no_cache_holds(
     watch = Bench("cpu", rotated_bytes=10 * (32 * 64 + 64)).stopwatch(one)
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     times = watch(12)  # a slice has one call at least, on a machine that stands still
-    assert len(times) == 12 and all(us > 0 for us in times)
+    assert len(times) == 12 and all(us > 0 for us in times) and min(times) < 1e5
     assert len(set(seen)) == 11
     assert all(one == seen[at % 11] for at, one in enumerate(seen))
 
