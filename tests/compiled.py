@@ -44,7 +44,7 @@ CASES: list[Case] = [
     ("overlapped", "int4", 32, "none", True, MANY | {"TOKENS": 256, "ROWS": 128}),
     ("overlapped", "int8", 0, "none", True, MANY | {"STAGES": 3}),
     ("overlapped", "int4", 128, "none", True, MANY | {"TOKENS": 256, "ROWS": 128} | LATER),
-    ("overlapped", "int8", 0, "none", True, MANY | HALF | {"SHARED": True}),
+    ("overlapped", "int8", 0, "none", True, MANY | HALF | {"SHARED": True, "UNIT": 64}),
     ("overlapped", "int4", 64, "offset", True, MANY | HALF | {"TOKENS": 32} | LATER),
     ("overlapped", "float8", 0, "none", True, MANY | {"TOKENS": 64, "STAGES": 3}),
     ("w8a8", "int8", 0, "none", True, {"TOKENS": 64, "num_warps": 8, "BIAS": True}),
@@ -106,7 +106,7 @@ def compiled(
     scaled = bool(other.get("EARLY")) or (name in ("_dense", "overlapped") and group > 0)
     constants = {
         "x_I": 1, "BIAS": False, "EVEN": True, "EARLY": False, "ROWS": 128, "TOKENS": 16,
-        "SPLIT": 1, "SHARED": False, "TURN": 128, "STAGES": 3, "BITS": BITS[kind],
+        "SPLIT": 1, "SHARED": False, "TURN": 128, "STAGES": 3, "UNIT": 128, "BITS": BITS[kind],
         "FLOAT8": kind == "float8",
         "GROUP": group, "ZERO": zero, "EXCESS": excess(kind, dtype),
         "PTX": unpacking(kind, dtype, zero, scaled=scaled) if ptx else (),

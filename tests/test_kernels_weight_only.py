@@ -47,12 +47,12 @@ LAUNCHES = [
 ]
 
 if ON_GPU:  # which the interpreter cannot be
-    many = {"turn": 128, "early": True, "overlapped": True}
+    many = {"early": True, "overlapped": True}
     LAUNCHES += [
-        Launch(rows=128, tokens=64, split=1, stages=3, warps=4, **many),
-        Launch(rows=256, tokens=128, split=2, stages=3, warps=8, **many),
-        Launch(rows=128, tokens=256, split=3, stages=2, warps=8, **many),
-        Launch(rows=128, tokens=32, split=2, stages=4, warps=8, **many),
+        Launch(rows=128, tokens=64, split=1, turn=64, stages=3, warps=4, **many),
+        Launch(rows=256, tokens=128, split=2, turn=128, stages=3, warps=8, **many),
+        Launch(rows=128, tokens=256, split=3, turn=128, stages=2, warps=8, **many),
+        Launch(rows=128, tokens=32, split=2, turn=64, stages=4, warps=8, **many),
     ]
 
 

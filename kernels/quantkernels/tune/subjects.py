@@ -96,15 +96,17 @@ def familiar(shape: Shape, known: Iterable[Tuned], units: int) -> Iterator[Launc
 def _overlapped(shape: Shape, units: int) -> Iterator[Launch]:
     padded = 1 << (shape.tokens - 1).bit_length()
     widths = (padded,) if padded <= 64 else (64, 128) if padded == 128 else (128, 256)
-    columns, depths = (128, (2, 3, 4, 5)) if BITS[shape.codes] == 4 else (64, (3, 4, 5, 6, 8))
-    for tokens, (rows, warps), stages, split in product(
-        widths, ((128, 4), (128, 8), (256, 8)), depths, SPLITS
+    ahead = [(128, stages) for stages in (2, 3, 4, 5)]
+    if BITS[shape.codes] == 8:
+        ahead += [(64, stages) for stages in (3, 4, 5, 6, 8)]
+    for tokens, (rows, warps), (turn, stages), split in product(
+        widths, ((128, 4), (128, 8), (256, 8)), ahead, SPLITS
     ):
         launch = Launch(
             rows=rows,
             tokens=tokens,
             split=split,
-            turn=columns,
+            turn=turn,
             stages=stages,
             warps=warps,
             early=True,

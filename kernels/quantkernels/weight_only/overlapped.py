@@ -6,8 +6,8 @@ values of the next are made, and no product is waited for before another is begu
 pipeline waits for each product whose left operand is in registers.)
 
 A warp of its own has the tensor memory accelerator bring tiles and inputs, some units ahead, into
-places that the others have done with: a unit is a piece of the tiles, 64 bytes of a row, with the
-inputs beside it, 128 columns of 4-bit codes or 64 of 8-bit codes.
+places that the others have done with: a unit is 128 columns of the tiles, or 64 of 8-bit codes, and
+the inputs beside them. Of short ones more are under way; long ones are waited for half as often.
 
 Inputs have 16-byte aligned rows. Spans of columns are added up as in `ending.py`, by the last of a
 tile's programs to come, in their order.
@@ -57,6 +57,11 @@ def takes(x_TI: Tensor) -> bool:
     return aligned and capability(x_TI.device) == (9, 0)
 
 
+def unit_of(launch: Launch, bits: int) -> int:
+    """Columns that are copied at once: 64 bytes of codes in a row, or as many again."""
+    return min(max(launch.turn, 512 // bits), 128)
+
+
 def linear(
     x_TI: Tensor,
     weight: Tiles,
@@ -98,6 +103,7 @@ def linear(
         TOKENS=launch.tokens,
         SHARED=split > 1,
         STAGES=launch.stages,
+        UNIT=unit_of(launch, BITS[weight.kind]),
         BITS=BITS[weight.kind],
         GROUP=weight.group,
         ZERO=zero,
@@ -130,6 +136,7 @@ def overlapped(
     TOKENS: gl.constexpr,
     SHARED: gl.constexpr,
     STAGES: gl.constexpr,
+    UNIT: gl.constexpr,
     BITS: gl.constexpr,
     GROUP: gl.constexpr,
     ZERO: gl.constexpr,
@@ -138,8 +145,9 @@ def overlapped(
     WARPS: gl.constexpr,
     LATER: gl.constexpr,
 ):
-    UNITS: gl.constexpr = BITS // 2  # of a turn
-    HALVES: gl.constexpr = 4 // UNITS  # of a unit: 64 columns
+    UNITS: gl.constexpr = TURN // UNIT
+    HALVES: gl.constexpr = UNIT // 64
+    PIECES: gl.constexpr = UNIT * BITS // 512  # of a unit's codes: 64 bytes of a row
     dependently("wait", LATER)
     own = gl.program_id(0)
     tile, span = own, 0
@@ -148,10 +156,13 @@ def overlapped(
     first, last = turns * span // split, turns * (span + 1) // split
     across = gl.cdiv(tokens, TOKENS)
     down, token = tile // across, tile % across * TOKENS
-    x_smem = ()
+    x_smem, codes_smem = (), ()
     for _ in gl.static_range(HALVES):
         x_smem += (gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout),)
-    codes_smem = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, WORDS], codes_desc.layout)
+    for _ in gl.static_range(PIECES):
+        codes_smem += (
+            gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, WORDS], codes_desc.layout),
+        )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for at in gl.static_range(STAGES):
@@ -164,15 +175,16 @@ def overlapped(
                 (
                     scale_ptr, zero_ptr, bias_ptr, out_ptr, parts_ptr, arrivals_ptr, x_smem,
                     codes_smem, full, done, tile, down, token, first, last, tokens, rows, turns,
-                    split, BIAS, ROWS, TOKENS, SHARED, STAGES, BITS, GROUP, ZERO, EXCESS, PTX,
-                    WARPS, LATER,
+                    split, BIAS, ROWS, TOKENS, SHARED, STAGES, UNIT, BITS, GROUP, ZERO, EXCESS,
+                    PTX, WARPS, LATER,
                 ),
             ),
             (
                 _bring,
                 (
                     x_desc, codes_desc, x_smem, codes_smem, full, done, down, token, first * UNITS,
-                    last * UNITS, turns * UNITS, ROWS, TOKENS, STAGES, HALVES, LATER,
+                    last * UNITS, turns * UNITS, ROWS, TOKENS, STAGES, HALVES, PIECES,
+                    LATER,
                 ),
             ),
         ],
@@ -198,6 +210,7 @@ def _bring(
     TOKENS: gl.constexpr,
     STAGES: gl.constexpr,
     HALVES: gl.constexpr,
+    PIECES: gl.constexpr,
     LATER: gl.constexpr,
 ):
     """The copies of units from one to another, of so many of a tile's."""
@@ -207,11 +220,12 @@ def _bring(
         stage = at % STAGES
         mbarrier.wait(done.index(stage), (at // STAGES & 1) ^ 1)  # the first round's at once
         here = full.index(stage)
-        mbarrier.expect(here, ROWS * 64 + HALVES * TOKENS * 128)
+        mbarrier.expect(here, PIECES * ROWS * 64 + HALVES * TOKENS * 128)
         for of_tile in gl.static_range(ROWS // BLOCK):
-            line = ((down * (ROWS // BLOCK) + of_tile) * units + unit) * BLOCK
-            into = codes_smem.index(stage).slice(of_tile * BLOCK, BLOCK)
-            copied(codes_desc, [line, 0], here, into)
+            for piece in gl.static_range(PIECES):
+                block = (down * (ROWS // BLOCK) + of_tile) * units + unit
+                into = codes_smem[piece].index(stage).slice(of_tile * BLOCK, BLOCK)
+                copied(codes_desc, [(block * PIECES + piece) * BLOCK, 0], here, into)
         for half in gl.static_range(HALVES):
             column = (unit * HALVES + half) * 64
             copied(x_desc, [token, column], here, x_smem[half].index(stage))
@@ -243,6 +257,7 @@ def _multiply(
     TOKENS: gl.constexpr,
     SHARED: gl.constexpr,
     STAGES: gl.constexpr,
+    UNIT: gl.constexpr,
     BITS: gl.constexpr,
     GROUP: gl.constexpr,
     ZERO: gl.constexpr,
@@ -252,8 +267,9 @@ def _multiply(
     LATER: gl.constexpr,
 ):
     """A tile's sums, of its turns from one to another, to memory."""
-    UNITS: gl.constexpr = BITS // 2  # of a turn
-    HALVES: gl.constexpr = 4 // UNITS
+    UNITS: gl.constexpr = TURN // UNIT
+    HALVES: gl.constexpr = UNIT // 64
+    PIECES: gl.constexpr = UNIT * BITS // 512
     GROUPS: gl.constexpr = TURN // GROUP if GROUP > 0 else 0  # of a turn
     dtype: gl.constexpr = x_smem[0].dtype
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 16])
@@ -278,7 +294,8 @@ def _multiply(
             if half % HALVES == 0:
                 stage = at % STAGES
                 mbarrier.wait(full.index(stage), at // STAGES & 1)
-                words = codes_smem.index(stage).load(left)
+            if half % HALVES < PIECES:
+                words = codes_smem[half % HALVES].index(stage).load(left)
             values = halves_of(
                 words, scales, zeros, half, left, dtype, BITS, GROUP, ZERO, EXCESS, PTX,
                 scale_ptr.dtype.element_ty, zero_ptr.dtype.element_ty,
