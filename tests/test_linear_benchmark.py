@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.benchmarks import linear_gpu, linear_peers
 from tests.benchmarks.linear_kernels import OURS, Built, Kernel, product
 from tests.benchmarks.linear_picture import draw
+from tests.benchmarks.linear_timing import timed
 
 RESULTS = Path(linear_gpu.__file__).parent / "results"
 
@@ -181,3 +182,19 @@ def test_a_picture_that_is_kept_is_that_of_its_figures(path: Path) -> None:
     assert path.with_suffix(".svg").read_bytes() == draw(document)
     ours = [r for of in document["shapes"] for r in of["records"] if r["by"] == "ours"]
     assert ours and not any("wrong" in record or "failed" in record for record in ours)
+
+
+class Slowing:
+    """A replay of 10 milliseconds, and of 20 once it has run for 50: a clock that comes down."""
+
+    calls = (lambda: None,)
+    ran = 0
+
+    def __call__(self, repeats: int = 1) -> list[float]:
+        self.ran += repeats
+        return [1e4 if at < 5 else 2e4 for at in range(self.ran - repeats, self.ran)]
+
+
+def test_a_row_that_is_settled_is_timed_by_the_clock_that_it_leaves() -> None:
+    assert timed(Slowing()).p20_us == 1e4
+    assert timed(Slowing(), settled=True).p20_us == 2e4
