@@ -95,9 +95,17 @@ def float8_values() -> tuple[Float, Int]:
 
 
 def sweep_over_values(
-    w_OI: Float, upper_II: Float, grid_IN: list[tuple[Float, Int]], scale_OI: Float, zero_OI: Float
+    w_OI: Float,
+    upper_II: Float,
+    grid_IN: list[tuple[Float, Int]],
+    scale_OI: Float,
+    zero_OI: Float,
+    least_gap: float = 2.0**-9,
 ) -> NaiveResult:
-    """The same over any grid: a column's values, rising, times its scale plus its zero."""
+    """The same over any grid: a column's values, rising, times its scale plus its zero.
+
+    Margins are of the gap between the two nearest values, or of `least_gap` where that is wider.
+    """
     w = w_OI.copy()
     codes = np.zeros(w.shape, dtype=np.int64)
     margin = np.full(len(w), np.inf)
@@ -107,7 +115,7 @@ def sweep_over_values(
         distance_ON = np.abs(steps[:, None] - values_N)
         nearest, second = np.argsort(distance_ON, axis=1, kind="stable")[:, :2].T
         each = np.arange(len(w))
-        gap = np.maximum(np.abs(values_N[second] - values_N[nearest]), 2.0**-9)
+        gap = np.maximum(np.abs(values_N[second] - values_N[nearest]), least_gap)
         apart = distance_ON[each, second] - distance_ON[each, nearest]
         margin = np.minimum(margin, apart / gap / 2)
         codes[:, i] = codes_N[nearest]

@@ -198,9 +198,12 @@ def test_clear_decisions_of_the_sweep_are_those_of_the_reference(
 )
 def test_the_sweep_over_other_grids(grid: GridName, width: int, rows: int) -> None:
     w_IO, given = weights(width, rows), other_columns(grid, width, rows)
-    naive = other_reference(w_IO, upper(width), given)
+    # On GPUs a product's factors are two bfloat16 parts each: sums are off by 2**-17 or so of the
+    # largest values, which in float8 are 32 apart, and not 2**-9 as around zero.
+    least_gap = 32.0 if ON_GPU and grid == "float8" else 2.0**-9
+    naive = other_reference(w_IO, upper(width), given, least_gap)
     codes_IO = swept(w_IO, root_of(width), moved(given), 16)
-    clear_O = naive.margin_O > (2e-3 if width > 1000 else CLEAR)
+    clear_O = naive.margin_O > (2e-3 if grid == "offset" and width > 1000 else CLEAR)
     assert clear_O.any()
     assert same_codes(codes_IO.t().numpy()[clear_O], naive.codes_OI[clear_O], grid)
 
@@ -295,12 +298,16 @@ def test_the_range_search_finds_the_references_ranges(
     factors_S = FACTORS.to(DEVICE)
     found = fused_ranges.search(w_OGI, importance_GI, kind, factors_S)
     expected = ranges_reference.search(w_OGI, importance_GI, kind, factors_S)
-    for found_OG, expected_OG in zip(found, expected, strict=True):
+    # torch divides by a number as it likes, and a float zero point is a small difference of what is
+    # as large as the range, 15 scales; errors that are equal but for their last bits may be told
+    # apart the other way
+    zeros_size_OG = torch.maximum(expected[1].float().abs(), 15 * expected[0])
+    for found_OG, expected_OG, size_OG in zip(
+        found, expected, (expected[0], zeros_size_OG), strict=True
+    ):
         assert found_OG.shape == (rows, groups)
-        # torch divides by a number as it likes; and errors that are equal but for their last bits
-        # may be told apart the other way
-        same_OG = torch.isclose(found_OG.float(), expected_OG.float(), rtol=1e-6)
-        assert (~same_OG).float().mean() <= 1e-3
+        apart_OG = (found_OG.float() - expected_OG.float()).abs()
+        assert (apart_OG > 1e-6 * size_OG).float().mean() <= 1e-3
     zero_dtype = torch.float32 if zero_point == "float" else torch.int8
     assert (found[0].dtype, found[1].dtype) == (torch.float32, zero_dtype)
 

@@ -86,14 +86,16 @@ def other_columns(grid: GridName, width: int, rows: int) -> Columns:
     return dataclasses.replace(affine, grid=grid, scale_GO=scale_GO, qmin=-448, qmax=448)
 
 
-def other_reference(w_IO: Tensor, upper_II: Float, grid: Columns) -> NaiveResult:
+def other_reference(
+    w_IO: Tensor, upper_II: Float, grid: Columns, least_gap: float = 2.0**-9
+) -> NaiveResult:
     scale_OI = grid.scale_GO[grid.group_of_I].t().double().numpy()
     zero_OI = grid.zero_GO[grid.group_of_I].t().double().numpy()
     table = np.arange(-8.0, 8.0), np.arange(-8, 8)
     if grid.grid == "float8":
         table, zero_OI = float8_values(), np.zeros_like(zero_OI)
     w = w_IO.t().double().numpy()
-    return sweep_over_values(w, upper_II, [table] * len(w_IO), scale_OI, zero_OI)
+    return sweep_over_values(w, upper_II, [table] * len(w_IO), scale_OI, zero_OI, least_gap)
 
 
 def same_codes(found_OI: Float, expected_OI: Float, grid: GridName) -> bool:

@@ -2,8 +2,8 @@
 
 By V and not by U = V^-1 the codes are the same, and no triangular inverse is needed, which took 79
 of a solve's 110 ms at a width of 14,336 on one H200. The errors that a row owes to later columns
-are products of two bfloat16 parts of each factor, all but the least of the four: as good as
-float32's here, and a third faster.
+are products of two bfloat16 parts of each factor, all but the least of the four: off by 2**-17 or
+so of the largest, as good as float32's for grids of whole numbers, and a third faster.
 
 `_sweep_block` takes a row of the layer per lane through one block of columns, `COLUMNS` of them
 in registers at a time, and rows never meet. `_update` adds what a run of
