@@ -8,6 +8,7 @@ import pytest
 
 from quantcore.autoquant.document import parse
 from tests.command import quantfleet
+from workers.measured import open_measurements, read
 
 pytestmark = pytest.mark.gpu
 
@@ -31,8 +32,8 @@ def test_a_gpu_is_planned_from_yaml_and_followed(
     plan = parse(Path(facts["store"]).read_text())
     assert plan.hardware.device == "cuda"
     assert plan.hardware.driver
-    layouts = {option.candidate.layout for layer in plan.measured for option in layer.options}
-    assert "triton_tiled" in layouts
+    timed = read(open_measurements(str(tmp_path / "store"))).of[plan.hardware]
+    assert "triton_tiled" in {product.candidate.layout for product in timed}
     assert {"dense", "chosen by prediction"} <= {end.plan for end in plan.ends}
     assert sum(end.kept for end in plan.ends) == 1
     assert quantfleet("run", job, "--in-process").code == 0
