@@ -307,7 +307,8 @@ def test_the_range_search_finds_the_references_ranges(
     ):
         assert found_OG.shape == (rows, groups)
         apart_OG = (found_OG.float() - expected_OG.float()).abs()
-        assert (apart_OG > 1e-6 * size_OG).float().mean() <= 1e-3
+        same_OG = apart_OG <= 1e-6 * size_OG  # which NaN is not
+        assert (~same_OG).float().mean() <= 1e-3
     zero_dtype = torch.float32 if zero_point == "float" else torch.int8
     assert (found[0].dtype, found[1].dtype) == (torch.float32, zero_dtype)
 

@@ -183,8 +183,7 @@ def overlapped(
                 _bring,
                 (
                     x_desc, codes_desc, x_smem, codes_smem, full, done, down, token, first * UNITS,
-                    last * UNITS, turns * UNITS, ROWS, TOKENS, STAGES, HALVES, PIECES,
-                    LATER,
+                    last * UNITS, turns * UNITS, ROWS, TOKENS, STAGES, HALVES, PIECES, LATER,
                 ),
             ),
         ],
