@@ -59,6 +59,9 @@ CASES: list[Case] = [
     ("product", "float8", 0, "none", True, LATER),
     ("w8a8", "int8", 0, "none", True, {"ROWS": 64, "TOKENS": 8, "SPLIT": 4} | LATER),
     ("w8a8", "float8", 0, "none", True, {"EVEN": False, "BIAS": True} | LATER),
+    ("w8a8_overlapped", "int8", 0, "none", True, MANY | LATER),
+    ("w8a8_overlapped", "int8", 0, "none", True, MANY | {"ROWS": 128, "TOKENS": 256, "BIAS": True}),
+    ("w8a8_overlapped", "int8", 0, "none", True, MANY | HALF | LATER | {"SHARED": True}),
     ("_dense", "int4", 64, "offset", True, {}),
     ("_dense", "int8", 0, "none", False, {}),
 ]
@@ -99,6 +102,7 @@ def compiled(
 ) -> dict[str, Any]:
     import triton
     from quantkernels.w8a8 import fused as w8a8
+    from quantkernels.w8a8 import overlapped as w8a8_overlapped
     from quantkernels.weight_only import fused, overlapped, product
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -114,7 +118,7 @@ def compiled(
     }  # fmt: skip
     scales = other.get("scales", "*bf16")
     pointers = POINTERS | {"scale_ptr": scales, "zero_ptr": scales}
-    if name == "w8a8":
+    if name.startswith("w8a8"):
         codes = "*fp8e4nv" if kind == "float8" else "*i8"
         pointers |= {
             "x_ptr": codes, "codes_ptr": codes, "x_scale_ptr": "*fp32",
@@ -129,9 +133,15 @@ def compiled(
             "x_desc": f"tensordesc<bf16[{constants['TOKENS']}, 64],{overlapped.INPUTS!r}>",
             "codes_desc": f"tensordesc<i16[128, 32],{overlapped.CODES!r}>",
         }
+    if name == "w8a8_overlapped":
+        options["maxnreg"] = overlapped.REGISTERS[constants["WARPS"]]
+        pointers |= {
+            of: f"tensordesc<i8[{constants[size]}, 128],{w8a8_overlapped.BYTES!r}>"
+            for of, size in (("x_desc", "TOKENS"), ("codes_desc", "ROWS"))
+        }
     kernels = {
         "product": product.product, "overlapped": overlapped.overlapped, "_dense": fused._dense,
-        "w8a8": w8a8._linear,
+        "w8a8": w8a8._linear, "w8a8_overlapped": w8a8_overlapped.overlapped,
     }  # fmt: skip
     kernel = kernels[name]
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -148,7 +158,7 @@ def compiled(
         for at, argument in enumerate(kernel.arg_names)
         if argument.endswith("_ptr") or argument in ("rows", "columns", "x_T", "codes_O")
     }
-    source_of = GluonASTSource if name == "overlapped" else triton.compiler.ASTSource
+    source_of = GluonASTSource if name.endswith("overlapped") else triton.compiler.ASTSource
     source = source_of(kernel, signature, constants, aligned)
     return _assembled(source, options, other.get("capability", 90))
 
@@ -279,8 +289,8 @@ def spilled(cubin: bytes, tools: Path) -> int:
 def serialized(cubin: bytes, tools: Path) -> bool:
     """Whether the assembler has every instruction of a matrix unit waited for, which it may."""
     told = _told([tools / "nvdisasm"], cubin)
-    products, waits = told.count("HGMMA."), told.count("WARPGROUP.DEPBAR")
-    return products > 0 and waits >= products
+    products = sum(told.count(of) for of in ("HGMMA.", "IGMMA."))
+    return 0 < products <= told.count("WARPGROUP.DEPBAR")
 
 
 def hasty(ptx: str) -> list[str]:

@@ -93,20 +93,22 @@ def _described(descriptor: Any) -> tuple[Any, ...]:
     return base.dtype, tuple(descriptor.block_shape), repr(layout)
 
 
-Compilers = tuple[Compiler, Compiler, Compiler]
+Compilers = tuple[Compiler, Compiler, Compiler, Compiler]
 
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> Compilers:
     pytest.importorskip("triton")
     from quantkernels.w8a8 import fused as of_bytes
+    from quantkernels.w8a8 import overlapped as of_many_bytes
     from quantkernels.weight_only import fused as of_weights
     from quantkernels.weight_only import overlapped as of_many
 
-    found = Compiler(), Compiler(), Compiler()
+    found = Compiler(), Compiler(), Compiler(), Compiler()
     monkeypatch.setattr(of_weights, "product", found[0])
     monkeypatch.setattr(of_bytes, "_linear", found[1])
     monkeypatch.setattr(of_many, "overlapped", found[2])
+    monkeypatch.setattr(of_many_bytes, "overlapped", found[3])
     return found
 
 

@@ -36,6 +36,13 @@ LAUNCHES = [
     Launch(rows=128, tokens=32, split=3, turn=128, stages=3, warps=4),
 ]
 
+if ON_GPU:  # which the interpreter cannot be
+    many = {"turn": 128, "early": True, "overlapped": True}
+    LAUNCHES += [
+        Launch(rows=128, tokens=64, split=1, stages=4, warps=4, **many),
+        Launch(rows=128, tokens=128, split=2, stages=3, warps=8, **many),
+        Launch(rows=256, tokens=32, split=3, stages=4, warps=8, **many),
+    ]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -116,6 +123,24 @@ def test_the_kernel_is_the_formula(form: tuple[Codes, bool], launch: Launch) -> 
         y_TO = fused.linear(*served, weight, bias_O, torch.float32, launch)
         most = 1e-3 if kind == "float8" else 2e-6
         assert relative(y_TO, wanted(kind, served, w_OI, bias_O)) < most
+
+
+@needs_triton
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("launch", LAUNCHES[2:], ids=str)
+def test_whole_codes_give_the_same_bits_however_they_are_added_up(
+    launch: Launch, one: bool
+) -> None:
+    """Sums are exact, so no launch differs; counters are back at 0 for the next one."""
+    from quantkernels.w8a8 import fused
+
+    weight, _ = weight_of("int8", 1500, 4224)
+    served = inputs_of("int8", one, 300, 4224)
+    bias_O = torch.randn(1500, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    wanted_TO = fused.linear(*served, weight, bias_O, torch.float32, LAUNCHES[0])
+    for _ in range(20):
+        assert torch.equal(fused.linear(*served, weight, bias_O, torch.float32, launch), wanted_TO)
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_read_by_it() -> None:

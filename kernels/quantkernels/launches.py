@@ -37,7 +37,7 @@ class Launch:
     stages: int
     warps: int
     early: bool = False  # weight_only: whether values are scaled, and not sums
-    overlapped: bool = False  # weight_only: by Hopper's own kernel, for many tokens
+    overlapped: bool = False  # by Hopper's own kernel, for many tokens
     other: bool = False  # by no kernel of ours: the rest has no meaning
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class Subject:
 
 def candidates(shape: Shape, units: int, *, hopper: bool) -> Iterator[Launch]:
     """Launches worth a try on so many multiprocessors: they fit one, and give all of them work."""
-    if hopper and shape.kernel == "weight_only" and shape.tokens >= 32:
+    if hopper and _overlaps(shape):
         yield from _overlapped(shape, units)
     if shape.tokens >= 128:
         yield OTHER
@@ -93,11 +93,19 @@ def familiar(shape: Shape, known: Iterable[Tuned], units: int) -> Iterator[Launc
     yield from (launch for launch in found if _sensible(launch, shape, units))
 
 
+def _overlaps(shape: Shape) -> bool:
+    """Whether Hopper's own kernels have been the faster ones for so many tokens."""
+    if shape.kernel == "weight_only":
+        return shape.tokens >= 32
+    return shape.codes == "int8" and shape.tokens > 64
+
+
 def _overlapped(shape: Shape, units: int) -> Iterator[Launch]:
     padded = 1 << (shape.tokens - 1).bit_length()
     widths = (padded,) if padded <= 64 else (64, 128) if padded == 128 else (128, 256)
-    ahead = [(128, stages) for stages in (2, 3, 4, 5)]
-    if BITS[shape.codes] == 8:
+    by_values = shape.kernel == "weight_only"
+    ahead = [(128, stages) for stages in ((2, 3, 4, 5) if by_values else (3, 4, 6))]
+    if by_values and BITS[shape.codes] == 8:
         ahead += [(64, stages) for stages in (3, 4, 5, 6, 8)]
     for tokens, (rows, warps), (turn, stages), split in product(
         widths, ((128, 4), (128, 8), (256, 8)), ahead, SPLITS

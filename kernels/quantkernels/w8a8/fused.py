@@ -32,6 +32,13 @@ def linear(
     *,
     compile_only: bool = False,
 ) -> Tensor:
+    if launch.overlapped and codes_TI.device.type in ("cuda", "meta"):
+        from quantkernels.w8a8 import overlapped
+
+        if compile_only or overlapped.takes(codes_TI, weight):
+            return overlapped.linear(
+                codes_TI, scale_T, weight, bias_O, dtype, launch, compile_only=compile_only
+            )
     tokens, columns = codes_TI.shape
     rows = weight.features[0]
     device = codes_TI.device

@@ -44,7 +44,7 @@ def finish(
         total *= gl.expand_dims(gl.load(scale_ptr + row).to(gl.float32), 1)
     if not SHARED:
         dependently("launch_dependents", LATER)
-        _store(total, out_ptr, bias_ptr, top, token, rows, tokens, BIAS, ROWS, TOKENS, WARPS)
+        store(total, out_ptr, bias_ptr, top, token, rows, tokens, BIAS, ROWS, TOKENS, WARPS)
     else:
         of_tile = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
         parts_ptr += gl.expand_dims(row - top, 1) * TOKENS + gl.expand_dims(of_tile, 0)
@@ -58,11 +58,11 @@ def finish(
             total = gl.load(parts_ptr, cache_modifier=".cg")
             for part in range(1, split):
                 total += gl.load(parts_ptr + part * (ROWS * TOKENS), cache_modifier=".cg")
-            _store(total, out_ptr, bias_ptr, top, token, rows, tokens, BIAS, ROWS, TOKENS, WARPS)
+            store(total, out_ptr, bias_ptr, top, token, rows, tokens, BIAS, ROWS, TOKENS, WARPS)
 
 
 @gluon.jit
-def _store(
+def store(
     total,
     out_ptr,
     bias_ptr,
