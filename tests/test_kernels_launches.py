@@ -143,6 +143,19 @@ def test_familiar_launches_are_the_best_of_others_for_about_as_many_tokens() -> 
     assert OTHER in set(familiar(replace(shape, tokens=128), known, 100))
 
 
+def test_where_products_bind_tiles_are_tried_whole_though_some_multiprocessors_have_none() -> None:
+    """96 of them for 132 multiprocessors; of few tokens, whose weight is read, all have work."""
+    candidates = pytest.importorskip("quantkernels.tune.subjects").candidates
+    many = replace(SHAPE, rows=6144, columns=4096, tokens=256)
+    found = set(candidates(many, 132, hopper=True))
+    assert WIDE in found
+    programs = [
+        -(-6144 // of.rows) * of.split
+        for of in candidates(replace(many, tokens=16), 132, hopper=True)
+    ]
+    assert min(programs) >= 99
+
+
 def test_a_gpu_of_the_same_multiprocessors_knows_what_one_does_not(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

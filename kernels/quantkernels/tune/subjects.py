@@ -142,8 +142,10 @@ def _scalings(shape: Shape, tokens: int) -> tuple[bool, ...]:
 def _sensible(launch: Launch, shape: Shape, units: int) -> bool:
     tiles = -(-shape.rows // launch.rows) * -(-shape.tokens // launch.tokens)
     programs = tiles * launch.split
-    # work for three of four multiprocessors; no more spans than give each eight programs
-    fills = programs >= units * 3 // 4 and (launch.split == 1 or programs <= 8 * units)
+    # work for three of four multiprocessors, or for two of five where products bind: a tile cut in
+    # two for the others costs more than they save; no more spans than give each eight programs
+    least = units * 2 // 5 if launch.overlapped else units * 3 // 4
+    fills = programs >= least and (launch.split == 1 or programs <= 8 * units)
     fits = shared_bytes(launch, shape) <= SHARED_BYTES
     long = launch.turn * launch.split <= shape.columns and not narrow(launch, shape.group)
     return fits and fills and long
