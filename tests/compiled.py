@@ -270,13 +270,14 @@ def _assembled(source: Any, options: dict[str, Any], capability: int) -> dict[st
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     cubin = made.asm["cubin"]
+    sass = _told([tools / "nvdisasm"], cubin)
     return {
         "bytes": len(cubin),
         "spilled": spilled(cubin, tools),
-        "serialized": serialized(cubin, tools),
+        "serialized": serialized(sass),
         "narrow": "ld.global.b16" in made.asm["ptx"],
         "dependent": "griddepcontrol.wait" in made.asm["ptx"],
-        "hasty": [*hasty(made.asm["ptx"]), *hasty_assembled(_told([tools / "nvdisasm"], cubin))],
+        "hasty": [*hasty(made.asm["ptx"]), *hasty_assembled(sass)],
     }
 
 
@@ -286,11 +287,10 @@ def spilled(cubin: bytes, tools: Path) -> int:
     return max(int(found) for found in re.findall(r"STACK:(\d+)", told))
 
 
-def serialized(cubin: bytes, tools: Path) -> bool:
+def serialized(sass: str) -> bool:
     """Whether the assembler has every instruction of a matrix unit waited for, which it may."""
-    told = _told([tools / "nvdisasm"], cubin)
-    products = sum(told.count(of) for of in ("HGMMA.", "IGMMA."))
-    return 0 < products <= told.count("WARPGROUP.DEPBAR")
+    products = sum(sass.count(of) for of in ("HGMMA.", "IGMMA."))
+    return 0 < products <= sass.count("WARPGROUP.DEPBAR")
 
 
 def hasty(ptx: str) -> list[str]:

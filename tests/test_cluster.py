@@ -83,6 +83,7 @@ def test_nodes_that_die_and_nodes_that_come_change_no_bit(site: Path) -> None:
     assert there <= profile["workers"] * profile["wall_seconds"] + 1e-3  # not all were to the end
 
 
+@pytest.mark.slow
 def test_nodes_of_another_kind_are_passed_over(site: Path) -> None:
     """One of three, which has as much room as each of the others."""
     log = site / "kinds.jsonl"

@@ -58,9 +58,9 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any]) -> None:
         (["list"], {"RAY_AUTH_MODE": "token"}, "wants a token"),
         (["list"], {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}, "takes another token"),
         (["submit", "JOB"], {}, "wants a token"),
-        (["status", "a-job"], {}, "wants a token"),
+        pytest.param(["status", "a-job"], {}, "wants a token", marks=pytest.mark.slow),
         (["logs", "a-job", "-f"], {}, "wants a token"),
-        (["cancel", "a-job"], {}, "wants a token"),
+        pytest.param(["cancel", "a-job"], {}, "wants a token", marks=pytest.mark.slow),
     ],
 )
 def test_who_has_no_token_is_told_what_to_set(

@@ -50,7 +50,7 @@ def test_without_patience_a_broken_store_is_told_at_once(proxy: Proxy, bucket: s
         open_store(f"{bucket}/x").put("a", b"")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_job_with_killed_workers_and_a_bad_store_gives_the_same_bytes(
     proxy: Proxy, bucket: str, job_file: JobFile, tmp_path: Path, seed: int
 ) -> None:
