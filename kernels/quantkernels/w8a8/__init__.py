@@ -5,9 +5,9 @@
 Whole codes are summed in int32, exactly. float8 is summed by matrix units, 128 columns at a time,
 and these sums in float32. Weights in 4 bits are multiplied by rounded inputs in `weight_only`:
 their groups' scales in between cost more than units of 8 bits gain.
-`fused.py` has the kernel, and `overlapped.py` that for many tokens on Hopper. `vendor.py` has
-torch's own products for the shapes that they take, used where data say that they are faster
-(`quantkernels/choice.py`). `reference.py` is plain torch.
+`fused.py` has the kernel, and `overlapped.py` that for whole codes and many tokens on Hopper.
+`vendor.py` has torch's own products for the shapes that they take, used where data say that they
+are faster (`quantkernels/choice.py`). `reference.py` is plain torch.
 """
 
 from typing import Any, cast
