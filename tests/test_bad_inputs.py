@@ -157,7 +157,10 @@ def test_a_bad_job_is_refused(case: str, job_file: JobFile, refused: Refused) ->
     assert re.search(message, refused(code, "run", job_file(**sections)))
 
 
-@pytest.mark.parametrize("case", ["unknown key", "store below a file"])
+@pytest.mark.parametrize(
+    "case",
+    ["unknown key", pytest.param("missing model", marks=pytest.mark.slow), "store below a file"],
+)
 def test_a_process_of_its_own_says_the_same(case: str, job_file: JobFile, refused: Refused) -> None:
     sections, code, message = _JOBS[case]
     job = job_file(**sections)

@@ -262,10 +262,11 @@ def one(**changed: object) -> str:
         (one(warps=4.0), "a launch that cannot be"),
         (one(early="no"), "a launch that cannot be"),
         (one(overlapped=True), "a launch that cannot be"),  # of 64 rows, by two warps
+        (one(launch=asdict(replace(WIDE, stages=2)) | {"stages": 1}), "a launch that cannot be"),
         (one(stages=8, turn=256, launch=asdict(replace(LAUNCH, tokens=256, stages=8))), "memory"),
         (one().replace("Some GPU", "Another"), "of 'Another', not of 'Some GPU'"),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_damaged_data_are_left_aside_with_a_warning(
     own: Path, text: str | bytes, words: str

@@ -87,13 +87,17 @@ def in_16_bits(weight: Tiles, dtype: torch.dtype) -> Tiles:
     return dataclasses.replace(weight, scale=packed[0], zero=packed[1])
 
 
-TAKEN = FORMS if ON_GPU else FORMS[::3]  # the interpreter takes seconds for each
+# the interpreter takes seconds for each
+TAKEN = [
+    pytest.param(form, torch.bfloat16, marks=[] if ON_GPU or at % 3 == 0 else [pytest.mark.slow])
+    for at, form in enumerate(FORMS)
+]
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [*((form, torch.bfloat16) for form in TAKEN), *((form, torch.float16) for form in FORMS[1:3])],
+    [*TAKEN, *((form, torch.float16) for form in FORMS[1:3])],
     ids=str,
 )
 def test_scales_in_16_bits_give_the_bits_of_those_in_32(form: Form, dtype: torch.dtype) -> None:

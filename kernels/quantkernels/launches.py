@@ -52,6 +52,7 @@ class Launch:
         )
         if good and self.overlapped:  # whole groups of four warps, by tiles of theirs
             good = self.rows >= 128 and self.tokens >= 32 and self.warps in (4, 8)
+            good = good and self.stages > 1  # one place is let go of when the next is there
         if not good:
             raise ValueError(f"a launch that cannot be: {self}")
 

@@ -34,7 +34,7 @@ from quantcore.autoquant.ahead import compile_ahead
 from quantcore.autoquant.measurements import Product
 from tests.benchmarks import arguments
 from tests.benchmarks import linear_results as results
-from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, served, under_compile
+from tests.benchmarks.linear_kernels import BF16, OURS, Built, Kernel, named, served, under_compile
 from tests.benchmarks.linear_peers import MODE, peers
 from tests.benchmarks.linear_picture import draw
 from tests.benchmarks.linear_timing import Replay, Times, copies, prepared, timed
@@ -237,15 +237,7 @@ def _kernels(options: argparse.Namespace) -> tuple[list[Kernel], dict[str, str]]
     ours = [kernel for kernel in OURS if options.device in kernel.devices]
     if options.compile_ours:
         ours += [under_compile(kernel, MODE) for kernel in ours]
-    wanted = [
-        kernel
-        for kernel in (*ours, *others)
-        if not options.kernels or any(word in kernel.label for word in options.kernels)
-    ]
-    if options.kernels and not wanted:
-        every = ", ".join(kernel.label for kernel in (*ours, *others))
-        raise SystemExit(f"--kernels: none has such a name: write a part of one of {every}")
-    return [BF16, *wanted], missing
+    return [BF16, *named(options.kernels, [*ours, *others])], missing
 
 
 def _options(given: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ go through the project's own API: nn.Linear whose weight quantize_ has made a Qu
 Shape suffixes: T = tokens, O = out_features, I = in_features, G = groups per row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -105,6 +105,15 @@ OURS = [
         "int8 dynamic int4", "int8_dynamic_int4", _TILED, served="int8 with a zero point, per token"
     ),
 ]
+
+
+def named(words: Sequence[str] | None, kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Those with one of the words in their names; all, where none is asked for."""
+    found = [of for of in kernels if not words or any(word in of.label for word in words)]
+    if words and not found:
+        every = ", ".join(kernel.label for kernel in kernels)
+        raise SystemExit(f"--kernels: none has such a name: write a part of one of {every}")
+    return found
 
 
 def product(x_TI: Tensor, weight: Any) -> Tensor:

@@ -20,7 +20,7 @@ from quantkernels.arrivals import forget
 from torch import Tensor
 
 from tests.benchmarks import arguments
-from tests.benchmarks.linear_kernels import BF16, OURS, Kernel
+from tests.benchmarks.linear_kernels import BF16, OURS, Kernel, named
 from tests.benchmarks.linear_peers import peers
 from tests.benchmarks.linear_timing import Replay, copies, prepared
 
@@ -32,8 +32,7 @@ EVERY_MS = 20
 @torch.no_grad()
 def main(given: Sequence[str] | None = None) -> None:
     options = _options(given)
-    of_all = [BF16, *OURS, *peers("cuda")[0]]
-    wanted = [one for one in of_all if any(word in one.label for word in options.kernels)]
+    wanted = named(options.kernels, [*OURS, *peers("cuda")[0]])
     print(torch.cuda.get_device_name())
     print(
         f"{'rows x columns':16}{'tokens':>7}  {'kernel':30}{'us':>9}{'MHz':>7}{'W':>6}{'most':>13}"
@@ -63,7 +62,7 @@ def _told(replay: Replay, seconds: float) -> str:
     with _watched() as readings:
         replay(count)
         taken_us = median(replay(count))
-    later = readings[-(len(readings) // 2) :]
+    later = readings[(len(readings) + 1) // 2 :]
     if not later:
         raise SystemExit("nvidia-smi said nothing meanwhile: give --seconds more")
     clock, power, most_clock, most_power = map(median, zip(*later, strict=True))
@@ -93,9 +92,17 @@ def _options(given: Sequence[str] | None) -> argparse.Namespace:
         "--shapes", type=arguments.shape, nargs="+", default=[(28672, 4096)], metavar="ROWSxCOLUMNS"
     )
     parser.add_argument("--tokens", type=arguments.count, nargs="+", default=[64, 512, 2048])
-    parser.add_argument("--kernels", nargs="+", default=["ours int4 g128", "ours int8"])
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=["ours int4 g128", "ours int8"],
+        help="parts of names; bf16 always runs",
+    )
     parser.add_argument("--seconds", type=float, default=0.5)
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here")
+    return options
 
 
 if __name__ == "__main__":
